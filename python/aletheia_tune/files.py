@@ -1,0 +1,181 @@
+"""Files and directories that appear whole or not at all: written aside, then renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aletheia_tune.errors import UserError
+
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Libraries written in Rust (safetensors, tokenizers) raise their own error types, which carry errno only as text.
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error``, or an error that it was raised from, says that no more can be stored.
+
+    That is ENOSPC (no space), EDQUOT (quota), EFBIG (file size limit), as an ``OSError`` or in the text of
+    safetensors' own I/O error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+            return True
+        if any(int(number) in _DISK_FULL for number in _RUST_ERRNO.findall(str(cause))):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, directory: bool = True) -> None:
+    """Refuses an output path that cannot be written to, so that a command can say so before long work.
+
+    Args:
+        path: where the output will be. With ``directory`` it may be absent or an empty directory; without, it is a
+            file that may be absent and whose parent must exist.
+        overwrite: allows a directory that is not empty, or a file that exists.
+        directory: whether the output is a directory (`output_directory`) or a file (`write_text`).
+
+    Raises:
+        UserError: the path is taken (naming ``--overwrite`` where that would help), is of the other kind, lies under
+            something that is not a directory, or cannot be read; or overwriting would delete the current or the home
+            directory.
+    """
+    target = _resolve(path)
+    try:
+        if directory:
+            _check_directory(target, path, overwrite)
+        else:
+            _check_file(target, path, overwrite)
+    except OSError as error:
+        raise UserError(f"cannot use {path} as output: {error.strerror}") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> None:
+    """Writes ``text`` (UTF-8) to ``path`` whole: a failure leaves the old file, or none, and nothing beside it.
+
+    Raises:
+        UserError: ``path`` exists and ``overwrite`` is false, is a directory, its parent is missing, it cannot be
+            written to, or the disk is full.
+    """
+    check_output(path, overwrite, directory=False)
+    target = _resolve(path)
+    aside = _sibling(target, "partial")
+    try:
+        with open(aside, "x", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, target)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise _no_space(path) from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+@contextmanager
+def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yields a fresh directory beside ``path`` that becomes ``path`` when the block ends without an exception.
+
+    With ``overwrite`` the old directory stays in place until then; it is moved away, the new one renamed in, and the
+    old one deleted. On an exception the fresh directory goes, with the parents made for it, and the exception
+    continues; one that says that the disk is full continues as a `UserError`.
+
+    Raises:
+        UserError: at entry, what `check_output` refuses; later, a full disk.
+    """
+    check_output(path, overwrite)
+    target = _resolve(path)
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
+    aside = _sibling(target, "partial")
+    try:
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        yield aside
+        _rename_into_place(aside, target, path)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        for parent in missing_parents:
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+        if is_disk_full(error) and not isinstance(error, UserError):
+            raise _no_space(path) from error
+        raise
+
+
+def _check_directory(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
+    if target.is_dir():
+        if not any(target.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(f"output directory {path} exists and is not empty: choose another or pass --overwrite")
+        here = Path.cwd().resolve()
+        if target == here or target in here.parents or target == Path.home().resolve():
+            raise UserError(f"output directory {path} holds the current or the home directory: choose another")
+    elif os.path.lexists(target):
+        raise UserError(f"output directory {path} is a file: choose another name")
+    else:
+        ancestor = next(parent for parent in target.parents if parent.exists())
+        if not ancestor.is_dir():
+            raise UserError(f"output directory {path} lies under {ancestor}, which is not a directory")
+
+
+def _check_file(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
+    if target.is_dir():
+        raise UserError(f"output file {path} is a directory: give a file name")
+    if not target.parent.is_dir():
+        raise UserError(f"directory {target.parent} of output file {path} does not exist: create it first")
+    if os.path.lexists(target) and not overwrite:
+        raise UserError(f"output file {path} exists: choose another name or pass --overwrite")
+
+
+def _rename_into_place(aside: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    try:
+        if not target.exists():
+            os.rename(aside, target)
+            return
+        old = _sibling(target, "old")
+        os.rename(target, old)
+        try:
+            os.rename(aside, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"cannot put the finished output at {path}: {error.strerror}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resolve(path: str | os.PathLike[str]) -> Path:
+    # A link is followed, so that what it points to is replaced and the link stays.
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError on a loop of links
+        raise UserError(f"cannot use {path} as output: it cannot be resolved ({error})") from error
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    # Not tempfile: its files and directories are private (0600, 0700), and the finished output should follow umask.
+    return target.parent / f".{target.name[:64]}.{kind}-{uuid.uuid4().hex[:12]}"
+
+
+def _no_space(path: str | os.PathLike[str]) -> UserError:
+    return UserError(f"no space left to write {path}: free some or choose another disk; nothing was kept there")
