@@ -1,0 +1,21 @@
+"""Operators for LoRA fine-tuning that trains only what the task needs. Depends on torch alone."""
+
+from aletheia_kernels import backends
+from aletheia_kernels.cross_entropy import linear_cross_entropy
+from aletheia_kernels.grad_norm import (
+    bias_grad_norm_sq,
+    embedding_grad_norm_sq,
+    weight_grad_norm_sq,
+    weight_grad_norm_sq_sketch,
+)
+from aletheia_kernels.lora import lora_group
+
+__all__ = [
+    "backends",
+    "bias_grad_norm_sq",
+    "embedding_grad_norm_sq",
+    "linear_cross_entropy",
+    "lora_group",
+    "weight_grad_norm_sq",
+    "weight_grad_norm_sq_sketch",
+]

@@ -1,0 +1,83 @@
+"""Which implementation serves a call, and why.
+
+``ALETHEIA_BACKEND=reference|cpu|triton`` forces one for every call; where it cannot serve, the call raises
+:class:`BackendError` with the reason rather than fall back.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from aletheia_kernels import cpu, reference
+
+OPERATORS = (
+    "lora_group",
+    "weight_grad_norm_sq",
+    "weight_grad_norm_sq_sketch",
+    "embedding_grad_norm_sq",
+    "bias_grad_norm_sq",
+    "linear_cross_entropy",
+)
+NAMES = ("reference", "cpu", "triton")
+
+
+class BackendError(RuntimeError):
+    """The backend that ``ALETHEIA_BACKEND`` asks for cannot serve this call."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves an operator, and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+def _refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` cannot serve tensors of this device and dtype; None when it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"it serves CPU tensors, not {device_type}"
+        if dtype not in cpu.DTYPES:
+            return f"it has no {dtype}"
+        return cpu.unavailable_reason()
+    return "this version has no Triton operators"
+
+
+def choose(device_type: str, dtype: torch.dtype) -> Choice:
+    """The backend for tensors of this device and dtype.
+
+    Raises:
+        BackendError: ``ALETHEIA_BACKEND`` names no backend, or one that cannot serve.
+    """
+    wish = os.environ.get("ALETHEIA_BACKEND", "")
+    if wish:
+        if wish not in NAMES:
+            raise BackendError(f"ALETHEIA_BACKEND={wish!r} names no backend: use one of {', '.join(NAMES)}")
+        refusal = _refusal(wish, device_type, dtype)
+        if refusal:
+            raise BackendError(f"ALETHEIA_BACKEND={wish} cannot serve this call: {refusal}")
+        return Choice(wish, "forced by ALETHEIA_BACKEND")
+    refusals = []
+    for name in ("triton", "cpu"):
+        refusal = _refusal(name, device_type, dtype)
+        if refusal is None:
+            return Choice(name, f"compiled operators for {device_type} tensors")
+        refusals.append(f"{name}: {refusal}")
+    return Choice("reference", "; ".join(refusals))
+
+
+def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The module whose functions serve tensors of this device and dtype (same signatures in every backend)."""
+    return cpu if choose(device_type, dtype).backend == "cpu" else reference
+
+
+def explain(device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, Choice]:
+    """For every operator, the backend that would serve tensors of this device and dtype, and why."""
+    return {operator: choose(device_type, dtype) for operator in OPERATORS}

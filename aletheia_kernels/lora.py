@@ -1,0 +1,201 @@
+"""Variable-rank LoRA over a group of projections that share their input: schema, checks, fake, autograd.
+
+The mathematics stands in :mod:`aletheia_kernels.reference.lora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aletheia_kernels.backends import implementation
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    torch._check(x.dim() == 2, lambda: f"x: expected [tokens, in], got {tuple(x.shape)}")
+    torch._check(x.is_floating_point(), lambda: f"x: expected a floating dtype, got {x.dtype}")
+    torch._check(len(weights) > 0, lambda: "weights: expected at least one projection")
+    lengths = {len(weights), len(biases), len(lora_As), len(lora_Bs), len(scalings)}
+    torch._check(
+        len(lengths) == 1,
+        lambda: (
+            f"expected one weight, bias, A, B and scaling a projection, got {len(weights)}, {len(biases)}, "
+            f"{len(lora_As)}, {len(lora_Bs)} and {len(scalings)}"
+        ),
+    )
+    torch._check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    torch._check(
+        dropout_p == 0.0 or seed is not None, lambda: "seed: dropout needs an int64 seed of one element"
+    )
+    if seed is not None:
+        torch._check(
+            seed.dtype == torch.int64 and seed.numel() == 1,
+            lambda: f"seed: expected int64 of one element, got {seed.dtype} {tuple(seed.shape)}",
+        )
+    for i, (weight, bias, lora_A, lora_B) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True)):
+        torch._check(
+            weight.dim() == 2 and weight.shape[1] == x.shape[1],
+            lambda i=i, w=weight: f"weights[{i}]: expected [out, {x.shape[1]}], got {tuple(w.shape)}",
+        )
+        torch._check(
+            weight.dtype == x.dtype,
+            lambda i=i, w=weight: f"weights[{i}]: expected x's dtype {x.dtype}, got {w.dtype}",
+        )
+        if bias is not None:
+            torch._check(
+                bias.shape == (weight.shape[0],) and bias.dtype == x.dtype,
+                lambda i=i, b=bias, w=weight: (
+                    f"biases[{i}]: expected [{w.shape[0]}] {x.dtype}, got {tuple(b.shape)} {b.dtype}"
+                ),
+            )
+        torch._check(
+            lora_A.dim() == 2 and lora_A.shape[1] == x.shape[1],
+            lambda i=i, a=lora_A: f"lora_As[{i}]: expected [rank, {x.shape[1]}], got {tuple(a.shape)}",
+        )
+        torch._check(
+            lora_B.shape == (weight.shape[0], lora_A.shape[0]),
+            lambda i=i, a=lora_A, b=lora_B, w=weight: (
+                f"lora_Bs[{i}]: expected {(w.shape[0], a.shape[0])}, got {tuple(b.shape)}"
+            ),
+        )
+        for tensor in (weight, bias, lora_A, lora_B):
+            torch._check(
+                tensor is None or tensor.device == x.device,
+                lambda i=i, t=tensor: f"projection {i}: expected tensors on {x.device}, got one on {t.device}",
+            )
+
+
+@torch.library.custom_op(
+    "aletheia::lora_group",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
+        " float dropout_p, Tensor? seed) -> (Tensor[], Tensor)"
+    ),
+)
+def _lora_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+    backend = implementation(x.device.type, x.dtype)
+    return backend.lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+
+
+@_lora_group.register_fake
+def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+    tokens = x.shape[0]
+    ys = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
+    return ys, x.new_empty(tokens, sum(a.shape[0] for a in lora_As))
+
+
+@torch.library.custom_op(
+    "aletheia::lora_group_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] dys, Tensor x, Tensor h, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
+        " float dropout_p, Tensor? seed, bool needs_dx) -> (Tensor, Tensor[], Tensor[])"
+    ),
+)
+def _lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx):
+    backend = implementation(x.device.type, x.dtype)
+    return backend.lora_group_backward(
+        dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx
+    )
+
+
+@_lora_group_backward.register_fake
+def _(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx):
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    return dx, [a.new_empty(a.shape) for a in lora_As], [b.new_empty(b.shape) for b in lora_Bs]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weights, _biases, lora_As, lora_Bs, scalings, dropout_p, seed = inputs
+    _ys, h = output
+    ctx.save_for_backward(x, h, seed, *weights, *lora_As, *lora_Bs)
+    ctx.count = len(weights)
+    ctx.scalings = scalings
+    ctx.dropout_p = dropout_p
+
+
+def _backward(ctx: Any, dys: list[Tensor], _dh: Tensor) -> tuple:
+    x, h, seed, *rest = ctx.saved_tensors
+    n = ctx.count
+    needs_dx = ctx.needs_input_grad[0]
+    dx, dAs, dBs = _lora_group_backward(
+        dys, x, h, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.scalings, ctx.dropout_p, seed, needs_dx
+    )
+    return dx if needs_dx else None, [None] * n, None, dAs, dBs, None, None, None
+
+
+_lora_group.register_autograd(_backward, setup_context=_setup_context)
+
+
+def lora_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """y_i = x W_iᵀ + b_i + s_i (dropout(x) A_iᵀ) B_iᵀ for every projection i of one input.
+
+    Ranks may differ from projection to projection; each costs what it is. One dropout mask serves the group: every
+    projection sees the dropout distribution of its own, but siblings see the same draw.
+
+    Args:
+        x: [..., in], floating.
+        weights: per projection [out_i, in] in x's dtype, frozen.
+        biases: per projection [out_i] in x's dtype, or None.
+        lora_As: per projection [r_i, in], x's dtype or wider; rounded to x's dtype for the products.
+        lora_Bs: per projection [out_i, r_i], likewise.
+        scalings: per projection s_i (alpha / r, or alpha / √r for rsLoRA).
+        dropout_p: 0 ≤ p < 1.
+        seed: int64 of one element on x's device; needed when dropout_p > 0. The same seed gives the same mask.
+
+    Returns:
+        The outputs [..., out_i], in x's dtype. Gradients flow to x, lora_As, lora_Bs and biases, the adapters' in
+        their own dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit (the message says expected against given), or a weight
+            that requires a gradient.
+        BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
+    """
+    torch._check(
+        not any(w.requires_grad for w in weights) or not torch.is_grad_enabled(),
+        lambda: "weights: expected frozen weights; lora_group computes no gradient for them",
+    )
+    # A trained bias is added outside, where autograd knows its gradient; a frozen one rides in the base product.
+    trained = [b is not None and b.requires_grad for b in biases]
+    frozen_biases = [None if train else b for train, b in zip(trained, biases, strict=True)]
+    flat = x.reshape(-1, x.shape[-1])
+    ys, _ = _lora_group(
+        flat,
+        list(weights),
+        frozen_biases,
+        list(lora_As),
+        list(lora_Bs),
+        list(scalings),
+        dropout_p,
+        seed if dropout_p > 0.0 else None,
+    )
+    outputs = []
+    for y, bias, train in zip(ys, biases, trained, strict=True):
+        outputs.append((y + bias if train else y).view(*x.shape[:-1], y.shape[-1]))
+    return outputs

@@ -1,0 +1,23 @@
+"""The definition of every operator in eager torch, in any floating dtype up to float64.
+
+Every other backend is held to these functions. They also serve wherever no compiled backend does.
+"""
+
+from aletheia_kernels.reference.cross_entropy import linear_cross_entropy_forward
+from aletheia_kernels.reference.grad_norm import (
+    bias_grad_norm_sq,
+    embedding_grad_norm_sq,
+    weight_grad_norm_sq,
+    weight_grad_norm_sq_sketch,
+)
+from aletheia_kernels.reference.lora import lora_group_backward, lora_group_forward
+
+__all__ = [
+    "bias_grad_norm_sq",
+    "embedding_grad_norm_sq",
+    "linear_cross_entropy_forward",
+    "lora_group_backward",
+    "lora_group_forward",
+    "weight_grad_norm_sq",
+    "weight_grad_norm_sq_sketch",
+]
