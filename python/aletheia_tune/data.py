@@ -1,0 +1,409 @@
+"""Training examples: records of text in, tokens with masked labels and padded batches out.
+
+A record is an object in one of three formats, told from the first record unless `Fields` names them:
+
+* ``{"prompt": str, "completion": str}``: only the completion is learned. With a chat template in the tokenizer the
+  prompt becomes a user turn and the completion the assistant's; without one they are joined and ended with eos.
+* ``{"messages": [{"role": str, "content": str}, ...]}``: only the assistant's turns are learned.
+* ``{"text": str}``: every token is learned, and the eos that is appended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from aletheia_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that is no target, as `torch.nn.functional.cross_entropy` and transformers have it."""
+
+PAD_MULTIPLE = 8
+_GENERATION_KEYWORD = "generation %}"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of the fields of a record: ``prompt`` with ``completion``, or ``text``, or ``messages``."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    messages: str | None = None
+
+
+class Example(TypedDict):
+    """One tokenised record: ``labels`` is ``input_ids`` where a token is to be learned and -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Examples(list[Example]):
+    """Tokenised records in the order of their source, with how many of them did not fit.
+
+    Attributes:
+        truncated: records cut to ``max_length`` tokens.
+        dropped: records left out because no token was left to learn.
+    """
+
+    def __init__(self, examples: Iterable[Example] = (), *, truncated: int = 0, dropped: int = 0) -> None:
+        super().__init__(examples)
+        self.truncated = truncated
+        self.dropped = dropped
+
+
+def load_examples(
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 1024,
+    fields: Fields | None = None,
+    name: str = "train",
+) -> Examples:
+    """Reads, tokenises and labels every record of ``source``; the same input gives the same examples in the same order.
+
+    Args:
+        source: the path of a UTF-8 file with one JSON object a line (blank lines are skipped), a `datasets.Dataset`,
+            or any iterable of dicts.
+        tokenizer: with a chat template for ``messages``, with an eos token otherwise.
+        max_length: tokens kept of a record, at least 2; what is longer loses its end.
+        fields: the names of the fields; without it the format is told from the first record.
+        name: what to call a source that is not a file in messages.
+
+    Returns:
+        At least one example. Each has a label other than -100 after its first token, which no token precedes to
+        predict it; a record without one is dropped and counted.
+
+    Raises:
+        UserError: with the file and the line number (or the source's name and the record's number, from 1): a missing
+            or unreadable file, a directory, no record at all, a line that is not UTF-8, not JSON or not an object, a
+            record without the fields, a field of another type, a chat template that refuses a conversation or cannot
+            be masked; and when no example is left.
+    """
+    if max_length < 2:
+        raise UserError(f"max length {max_length} is too short: a token and its successor are needed, pass 2 or more")
+    is_file = isinstance(source, (str, os.PathLike))
+    label = str(source) if is_file else name
+    records = _read_jsonl(Path(source)) if isinstance(source, (str, os.PathLike)) else _number(source, name)
+
+    named = _check_fields(fields) if fields is not None else None
+    examples = Examples()
+    for where, record in records:
+        if named is None:
+            named = _detect(record, where)
+        turns_or_text = _conversation(record, named, tokenizer, where)
+        if isinstance(turns_or_text, str):
+            ids, labels = _tokenise_text(turns_or_text, tokenizer, label)
+        elif tokenizer.chat_template is None:
+            ids, labels = _tokenise_pair(turns_or_text, tokenizer, label)
+        else:
+            ids, labels = _tokenise_chat(turns_or_text, tokenizer, where)
+        examples.truncated += len(ids) > max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+        if all(token == IGNORED for token in labels[1:]):
+            examples.dropped += 1
+        else:
+            examples.append({"input_ids": ids, "labels": labels})
+    if named is None:
+        raise UserError(f"{label} is empty: it needs at least one record")
+    if not examples:
+        raise UserError(
+            f"{label}: no completion tokens after masking or truncation in any of {examples.dropped} records: "
+            f"check the fields or raise --max-length (now {max_length})"
+        )
+    return examples
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's pad token, or its eos where it has none (padding is masked either way).
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError("the tokenizer has neither a pad nor an eos token: set one of them")
+
+
+def collate(examples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """One batch of examples, padded on the right to a multiple of 8 tokens.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (-100 on padding), each int64 [batch, tokens].
+    """
+    longest = max(len(example["input_ids"]) for example in examples)
+    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    shape = (len(examples), width)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        input_ids[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
+        attention_mask[row, :length] = 1
+        labels[row, :length] = torch.tensor(example["labels"], dtype=torch.int64)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """`collate` with its padding token, as a DataLoader or a Trainer takes it."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        return collate(examples, self.pad_token_id)
+
+
+def batches(
+    examples: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_token_id: int, *, seed: int, count: int
+) -> list[dict[str, Tensor]]:
+    """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run out."""
+    if batch_size < 1 or count < 1:
+        raise UserError(f"batch size {batch_size} and number of batches {count} must both be 1 or more")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = range(0, min(len(order), count * batch_size), batch_size)
+    return [collate([examples[i] for i in order[start : start + batch_size]], pad_token_id) for start in starts]
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give a jsonl file")
+    try:
+        stream = open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a jsonl file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with stream:
+        # Split at b"\n" alone: inside JSON strings, other line breaks that str.splitlines knows are ordinary text.
+        for number, line in enumerate(stream, start=1):
+            where = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from error
+            except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+                raise UserError(f"{where}: broken JSON: {error}") from error
+            yield where, _check_object(record, where)
+
+
+def _number(source: Iterable[Mapping[str, Any]], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(source, Mapping):
+        raise UserError(f"{name} data is a mapping with {_listed(source)}: give one of its splits")
+    for number, record in enumerate(source, start=1):
+        where = f"{name} record {number}"
+        yield where, _check_object(record, where)
+
+
+def _check_object(record: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: not an object but {_type_name(record)}: one JSON object a line is needed")
+    return record
+
+
+def _check_fields(fields: Fields) -> Fields:
+    pair = fields.prompt is not None, fields.completion is not None
+    formats = any(pair) + (fields.text is not None) + (fields.messages is not None)
+    if formats != 1 or any(pair) != all(pair):
+        raise UserError("name either a prompt and a completion field, or a text field, or a messages field")
+    return fields
+
+
+def _detect(record: Mapping[str, Any], where: str) -> Fields:
+    if "prompt" in record and "completion" in record:
+        return Fields(prompt="prompt", completion="completion")
+    if "messages" in record:
+        return Fields(messages="messages")
+    if "text" in record:
+        return Fields(text="text")
+    raise UserError(
+        f"{where}: unknown format with {_listed(record)}: prompt and completion, messages or text is needed, "
+        "or the names of the fields"
+    )
+
+
+def _conversation(
+    record: Mapping[str, Any], fields: Fields, tokenizer: PreTrainedTokenizerBase, where: str
+) -> list[Mapping[str, Any]] | str:
+    """The record as a text or as turns; a pair is a user's turn and the assistant's."""
+    if fields.text is not None:
+        return _string(record, fields.text, where)
+    if fields.messages is None:
+        assert fields.prompt is not None and fields.completion is not None
+        return [
+            {"role": "user", "content": _string(record, fields.prompt, where)},
+            {"role": "assistant", "content": _string(record, fields.completion, where)},
+        ]
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{where}: field {fields.messages!r} needs a chat template, which this model's tokenizer lacks: "
+            "give prompt and completion instead"
+        )
+    turns = _field(record, fields.messages, where)
+    if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)) or not turns:
+        raise UserError(
+            f"{where}: field {fields.messages!r} is not a list of messages but {_type_name(turns)}"
+            if turns or not isinstance(turns, Sequence)
+            else f"{where}: field {fields.messages!r} is an empty list"
+        )
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping):
+            raise UserError(f"{where}: message {number} is not an object but {_type_name(turn)}")
+        for key in ("role", "content"):
+            _string(turn, key, f"{where}: message {number}")
+    return list(turns)
+
+
+def _field(record: Mapping[str, Any], field: str, where: str) -> Any:
+    if field not in record:
+        raise UserError(f"{where}: no field {field!r}, only {_listed(record)}")
+    return record[field]
+
+
+def _string(record: Mapping[str, Any], field: str, where: str) -> str:
+    value = _field(record, field, where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {field!r} is not a string but {_type_name(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no text
+        raise UserError(f"{where}: field {field!r} has a lone surrogate at character {error.start + 1}") from error
+    return value
+
+
+def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, label: str) -> tuple[list[int], list[int]]:
+    if not text:
+        return [], []
+    ids = _ended(_leading_bos(tokenizer) + _ids(text, tokenizer), tokenizer, label)
+    return ids, list(ids)
+
+
+def _tokenise_pair(
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, label: str
+) -> tuple[list[int], list[int]]:
+    # The two are tokenised apart: at generation the prompt's tokens are fixed before the completion is there.
+    prompt = _leading_bos(tokenizer) + _ids(turns[0]["content"], tokenizer)
+    if not turns[1]["content"]:
+        return prompt, [IGNORED] * len(prompt)
+    completion = _ended(_ids(turns[1]["content"], tokenizer), tokenizer, label)
+    return prompt + completion, [IGNORED] * len(prompt) + completion
+
+
+def _tokenise_chat(
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[int], list[int]]:
+    """Labels each assistant turn that says something, from where a reply would be asked for to the end of the turn.
+
+    The conversation is rendered up to each such turn, without and with it. Where both are the beginning of the whole
+    in tokens, the turn is what lies between. A template that rewrites earlier turns breaks this; it may mark the
+    assistant's tokens itself (``{% generation %}``), and cannot be masked if it does not.
+    """
+    ids = _render(turns, tokenizer, where)
+    labels = [IGNORED] * len(ids)
+    for position, turn in enumerate(turns):
+        if turn["role"] != "assistant" or not turn["content"]:
+            continue
+        before = _render(turns[:position], tokenizer, where, ask=True) if position else None
+        upto = _render(turns[: position + 1], tokenizer, where)
+        if before is None or upto[: len(before)] != before or ids[: len(upto)] != upto:
+            return _mask_by_template(turns, tokenizer, where)
+        end = _turn_end(upto, len(before), tokenizer)
+        labels[len(before) : end] = ids[len(before) : end]
+    return ids, labels
+
+
+def _turn_end(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    # Generation stops at eos; the line break that templates put after it is nobody's prediction, and being always
+    # the same it would flatter the loss.
+    if tokenizer.eos_token_id in ids[start:]:
+        return len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+    return len(ids)
+
+
+def _mask_by_template(
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[int], list[int]]:
+    if _GENERATION_KEYWORD not in str(tokenizer.chat_template):
+        raise UserError(
+            f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart: "
+            "give prompt and completion, or a template that marks them with {% generation %}"
+        )
+    encoded = _template(
+        turns, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = list(encoded["input_ids"])
+    mask = encoded["assistant_masks"]
+    return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
+
+
+def _render(
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, *, ask: bool = False
+) -> list[int]:
+    return _ids(_template(turns, tokenizer, where, tokenize=False, add_generation_prompt=ask), tokenizer)
+
+
+def _template(
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **options: bool
+) -> Any:
+    try:
+        return tokenizer.apply_chat_template([dict(turn) for turn in turns], **options)
+    except TemplateError as error:
+        raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # verbose=False: a record longer than the model's window is cut later, no cause for the tokenizer to warn.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # What the tokenizer would put before a text, without what it would put after it: a prompt goes on.
+    framed = tokenizer("", verbose=False)["input_ids"]
+    return list(framed[:1]) if framed and framed[0] == tokenizer.bos_token_id else []
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{label}: the tokenizer has no eos token to end an example with: set one")
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
+
+
+def _listed(names: Iterable[object]) -> str:
+    found = [repr(name) for name in names]
+    shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+    return f"fields {shown}" if found else "no fields"
+
+
+def _type_name(value: object) -> str:
+    if value is None:
+        return "null"
+    for kind, name in (
+        (bool, "a boolean"),
+        ((int, float), "a number"),
+        (str, "a string"),
+        (Mapping, "an object"),
+        (Sequence, "a list"),
+    ):
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return name
+    return f"a {type(value).__name__}"
