@@ -1,0 +1,144 @@
+"""A check of every operator against the float64 reference, in seconds: what a user runs on a machine nobody tested."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import aletheia_kernels
+from aletheia_kernels import backends, reference
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """One operator's check: ``error`` and ``allowed`` are relative (RMS against float64), ``seconds`` wall-clock."""
+
+    operator: str
+    backend: str
+    ok: bool
+    error: float
+    allowed: float
+    seconds: float
+
+
+def _relative(given: list[Tensor], expected: list[Tensor]) -> float:
+    worst = 0.0
+    for got, want in zip(given, expected, strict=True):
+        scale = want.double().norm().item() or 1.0
+        worst = max(worst, (got.double() - want.double()).norm().item() / scale)
+    return worst
+
+
+def _lora(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    x = torch.randn(33, 70).to(dtype)
+    weights = [torch.randn(n, 70).div(8).to(dtype) for n in (65, 48)]
+    biases = [torch.randn(65).to(dtype), None]
+    lora_As = [torch.randn(r, 70).div(8).to(dtype) for r in (3, 20)]
+    lora_Bs = [torch.randn(n, r).div(4).to(dtype) for n, r in ((65, 3), (48, 20))]
+    dys = [torch.randn(33, n).to(dtype) for n in (65, 48)]
+    seed = torch.tensor([20260604])
+
+    def run(as_dtype: torch.dtype, group: Callable[..., list[Tensor]]) -> list[Tensor]:
+        leaves = [t.to(as_dtype, copy=True).requires_grad_() for t in (x, *lora_As, *lora_Bs)]
+        ys = group(leaves[0], leaves[1:3], leaves[3:5], as_dtype)
+        torch.autograd.backward(ys, [dy.to(as_dtype) for dy in dys])
+        return [*(y.detach() for y in ys), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    def operator(x: Tensor, As: list[Tensor], Bs: list[Tensor], _: torch.dtype) -> list[Tensor]:
+        return aletheia_kernels.lora_group(
+            x, weights, biases, As, Bs, [2.0, 0.5], dropout_p=0.25, seed=seed
+        )
+
+    def plain(x: Tensor, As: list[Tensor], Bs: list[Tensor], as_dtype: torch.dtype) -> list[Tensor]:
+        wide_biases = [b if b is None else b.to(as_dtype) for b in biases]
+        wide_weights = [w.to(as_dtype) for w in weights]
+        return reference.lora_group_forward(x, wide_weights, wide_biases, As, Bs, [2.0, 0.5], 0.25, seed)[0]
+
+    return run(dtype, operator), run(torch.float64, plain)
+
+
+def _pair(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randn(150, 96).to(dtype), torch.randn(150, 130).to(dtype)
+
+
+def _weight_norm(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    x, dy = _pair(dtype)
+    expected = (dy.double().T @ x.double()).square().sum()
+    given = [aletheia_kernels.weight_grad_norm_sq(x, dy, method=method) for method in ("tiles", "gram")]
+    return given, [expected, expected]
+
+
+def _sketch(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    x, dy = _pair(dtype)
+    omega = torch.randn(96, 16).to(dtype)
+    given = aletheia_kernels.weight_grad_norm_sq_sketch(x, dy, omega)
+    return list(given), list(reference.weight_grad_norm_sq_sketch(x.double(), dy.double(), omega.double()))
+
+
+def _embedding(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    _, dy = _pair(dtype)
+    indices = torch.randint(0, 40, (150,))
+    expected = torch.zeros(40, 130, dtype=torch.float64).index_add_(0, indices, dy.double()).square().sum()
+    return [aletheia_kernels.embedding_grad_norm_sq(indices, dy)], [expected]
+
+
+def _bias(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    _, dy = _pair(dtype)
+    return [aletheia_kernels.bias_grad_norm_sq(dy)], [dy.double().sum(0).square().sum()]
+
+
+def _cross_entropy(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    h, weight = torch.randn(37, 64).to(dtype), torch.randn(501, 64).div(4).to(dtype)
+    labels = torch.randint(0, 501, (37,))
+    leaf, wide = h.clone().requires_grad_(), h.double().requires_grad_()
+    loss = aletheia_kernels.linear_cross_entropy(leaf, weight, labels)
+    expected = torch.nn.functional.cross_entropy(wide @ weight.double().T, labels, reduction="sum")
+    grads = torch.autograd.grad(loss, leaf) + torch.autograd.grad(expected, wide)
+    return [loss.detach(), grads[0]], [expected.detach(), grads[1]]
+
+
+_CHECKS = {
+    "lora_group": _lora,
+    "weight_grad_norm_sq": _weight_norm,
+    "weight_grad_norm_sq_sketch": _sketch,
+    "embedding_grad_norm_sq": _embedding,
+    "bias_grad_norm_sq": _bias,
+    "linear_cross_entropy": _cross_entropy,
+}
+# Relative RMS error allowed: a few units in the last place of the dtype, for sums of a few hundred terms.
+_ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def run() -> list[SelfTestResult]:
+    """Checks every operator on CPU tensors in float32 and bfloat16 through the backend that would serve it.
+
+    The worse of the two dtypes (error over what is allowed) is reported. The random state is left as it was.
+
+    Raises:
+        BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
+    """
+    results = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for operator, check in _CHECKS.items():
+            start = time.perf_counter()
+            worst = (0.0, _ALLOWED[torch.float32])
+            for dtype, allowed in _ALLOWED.items():
+                error = _relative(*check(dtype))
+                if not error <= allowed * worst[0] / worst[1]:  # also taken when error is NaN
+                    worst = (error, allowed)
+            results.append(
+                SelfTestResult(
+                    operator=operator,
+                    backend=backends.choose("cpu", torch.bfloat16).backend,
+                    ok=worst[0] <= worst[1],
+                    error=worst[0],
+                    allowed=worst[1],
+                    seconds=time.perf_counter() - start,
+                )
+            )
+    return results

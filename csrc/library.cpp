@@ -1,0 +1,46 @@
+// Schemas of the CPU operators and what the processor offers.
+#include <torch/library.h>
+
+#include "operators.h"
+
+namespace {
+
+// Bit i stands for the i-th name in aletheia_kernels.cpu.features.
+int64_t features() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return (__builtin_cpu_supports("avx2") ? 1 : 0) | (__builtin_cpu_supports("avx512f") ? 2 : 0) |
+         (__builtin_cpu_supports("avx512bf16") ? 4 : 0);
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+TORCH_LIBRARY(aletheia_cpu, m) {
+  m.def("features() -> int", &features);
+  m.def(
+      "lora_group_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs,"
+      " float[] scalings, float dropout_p, Tensor? seed) -> (Tensor[], Tensor)");
+  m.def(
+      "lora_group_backward(Tensor[] dys, Tensor x, Tensor h, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs,"
+      " float[] scalings, float dropout_p, Tensor? seed, bool needs_dx) -> (Tensor, Tensor[], Tensor[])");
+  m.def("weight_grad_norm_sq(Tensor x, Tensor dy, str method) -> Tensor");
+  m.def("weight_grad_norm_sq_sketch(Tensor x, Tensor dy, Tensor omega) -> (Tensor, Tensor)");
+  m.def("embedding_grad_norm_sq(Tensor indices, Tensor dy) -> Tensor");
+  m.def("bias_grad_norm_sq(Tensor dy) -> Tensor");
+  m.def(
+      "linear_cross_entropy_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, float softcap,"
+      " bool needs_dh) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
+  m.impl("lora_group_forward", &aletheia::lora_group_forward);
+  m.impl("lora_group_backward", &aletheia::lora_group_backward);
+  m.impl("weight_grad_norm_sq", &aletheia::weight_grad_norm_sq);
+  m.impl("weight_grad_norm_sq_sketch", &aletheia::weight_grad_norm_sq_sketch);
+  m.impl("embedding_grad_norm_sq", &aletheia::embedding_grad_norm_sq);
+  m.impl("bias_grad_norm_sq", &aletheia::bias_grad_norm_sq);
+  m.impl("linear_cross_entropy_forward", &aletheia::linear_cross_entropy_forward);
+}

@@ -1,0 +1,128 @@
+// LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
+//
+// Every product goes to the vendor library through ATen; what is ours is that the low-rank parts accumulate into the
+// fresh outputs, that siblings share one shrink product, and that dropout is made again from its seed.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include "clones.h"
+#include "operators.h"
+#include "philox.h"
+
+namespace aletheia {
+namespace {
+
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // a word below it drops its element
+  double scale;        // of what is kept
+};
+
+std::optional<Dropout> dropout_from(double p, const std::optional<at::Tensor>& seed) {
+  if (p == 0.0 || !seed.has_value()) return std::nullopt;
+  return Dropout{
+      static_cast<uint64_t>(seed->item<int64_t>()), static_cast<uint32_t>(p * 4294967296.0),
+      1.0 / (1.0 - p)};
+}
+
+// out[i] (+)= keep_i ? in[i] * scale : 0 over elements [begin, end) of logically contiguous tensors; begin % 4 == 0.
+template <typename T, bool kAccumulate>
+ALETHEIA_CLONES void masked_range(const T* in, T* out, const Dropout& dropout, int64_t begin, int64_t end) {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const Wide scale = static_cast<Wide>(dropout.scale);
+  for (int64_t i = begin; i < end; i += 4) {
+    const PhiloxBlock block = philox(dropout.seed, static_cast<uint64_t>(i >> 2));
+    const int64_t lanes = std::min<int64_t>(4, end - i);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const Wide kept = block.word[lane] >= dropout.threshold ? static_cast<Wide>(in[i + lane]) * scale : Wide{0};
+      out[i + lane] = static_cast<T>(kAccumulate ? static_cast<Wide>(out[i + lane]) + kept : kept);
+    }
+  }
+}
+
+template <bool kAccumulate>
+void masked(const at::Tensor& in, at::Tensor& out, const Dropout& dropout) {
+  constexpr int64_t kGrain = 16384;
+  const int64_t count = in.numel(), chunks = (count + kGrain - 1) / kGrain;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "aletheia_dropout", [&] {
+    const scalar_t* source = in.const_data_ptr<scalar_t>();
+    scalar_t* target = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      masked_range<scalar_t, kAccumulate>(
+          source, target, dropout, first * kGrain, std::min(last * kGrain, count));
+    });
+  });
+}
+
+at::Tensor dropped(const at::Tensor& x, const std::optional<Dropout>& dropout) {
+  if (!dropout) return x;
+  const at::Tensor source = x.contiguous();
+  at::Tensor out = at::empty_like(source);
+  masked<false>(source, out, *dropout);
+  return out;
+}
+
+at::Tensor stacked(at::TensorList lora_As, at::ScalarType dtype) {
+  int64_t rank = 0;
+  for (const auto& lora_A : lora_As) rank += lora_A.size(0);
+  at::Tensor shrink = at::empty({rank, lora_As[0].size(1)}, lora_As[0].options().dtype(dtype));
+  int64_t row = 0;
+  for (const auto& lora_A : lora_As) {
+    shrink.narrow(0, row, lora_A.size(0)).copy_(lora_A);
+    row += lora_A.size(0);
+  }
+  return shrink;
+}
+
+}  // namespace
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed) {
+  const auto dtype = x.scalar_type();
+  const at::Tensor h = at::mm(dropped(x, dropout_from(dropout_p, seed)), stacked(lora_As, dtype).t());
+  std::vector<at::Tensor> ys;
+  ys.reserve(weights.size());
+  int64_t column = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t rank = lora_As[i].size(0);
+    at::Tensor y = at::linear(x, weights[i], biases.get(i));
+    y.addmm_(h.narrow(1, column, rank), lora_Bs[i].to(dtype).t(), 1, scalings[i]);
+    ys.push_back(std::move(y));
+    column += rank;
+  }
+  return {std::move(ys), h};
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList weights, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed,
+    bool needs_dx) {
+  const auto dtype = x.scalar_type();
+  const auto dropout = dropout_from(dropout_p, seed);
+  const at::Tensor x_hat = dropped(x, dropout);
+  at::Tensor g = at::empty_like(h, at::MemoryFormat::Contiguous);
+  std::vector<at::Tensor> dAs, dBs;
+  int64_t column = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t rank = lora_As[i].size(0);
+    at::Tensor g_i = g.narrow(1, column, rank);
+    g_i.copy_(at::mm(dys[i], lora_Bs[i].to(dtype)).mul_(scalings[i]));
+    dBs.push_back(at::mm(dys[i].t(), h.narrow(1, column, rank)).mul_(scalings[i]).to(lora_Bs[i].scalar_type()));
+    dAs.push_back(at::mm(g_i.t(), x_hat).to(lora_As[i].scalar_type()));
+    column += rank;
+  }
+  if (!needs_dx) return {at::empty({0}, x.options()), std::move(dAs), std::move(dBs)};
+
+  at::Tensor dx = at::mm(dys[0], weights[0]);
+  for (size_t i = 1; i < weights.size(); ++i) dx.addmm_(dys[i], weights[i]);
+  const at::Tensor shrink = stacked(lora_As, dtype);
+  if (dropout) {
+    masked<true>(at::mm(g, shrink), dx, *dropout);
+  } else {
+    dx.addmm_(g, shrink);
+  }
+  return {dx, std::move(dAs), std::move(dBs)};
+}
+
+}  // namespace aletheia

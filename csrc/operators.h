@@ -1,0 +1,33 @@
+// The CPU operators, as declared in library.cpp's schemas. The mathematics stands in aletheia_kernels/reference.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace aletheia {
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList weights, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed,
+    bool needs_dx);
+
+at::Tensor weight_grad_norm_sq(const at::Tensor& x, const at::Tensor& dy, c10::string_view method);
+std::tuple<at::Tensor, at::Tensor> weight_grad_norm_sq_sketch(
+    const at::Tensor& x, const at::Tensor& dy, const at::Tensor& omega);
+at::Tensor embedding_grad_norm_sq(const at::Tensor& indices, const at::Tensor& dy);
+at::Tensor bias_grad_norm_sq(const at::Tensor& dy);
+
+std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
+    const at::Tensor& h, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& labels,
+    double softcap, bool needs_dh);
+
+}  // namespace aletheia
