@@ -1,0 +1,556 @@
+"""From scores to what is adapted: per module a rank and an alpha, as JSON and as a PEFT `LoraConfig`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from aletheia_tune.errors import UserError
+from aletheia_tune.layers import bare_model, bare_modules, find_layers, is_linear, linear_modules, linear_shape
+
+if TYPE_CHECKING:
+    from aletheia_tune.scores import ModuleScore, Scores
+
+FORMAT = "aletheia-plan"
+VERSION = 1
+
+Ranks = Literal["uniform", "by-type", "by-score"]
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """The adapter of one module: B A x · alpha / rank is added to its output."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which modules of a model get an adapter, and of what rank.
+
+    Attributes:
+        modules: by full dotted name in the bare model: linears, and MoE expert parameters (3-D, "....gate_up_proj").
+        num_layers: transformer layers of the model, adapted or not.
+        layer_path: where they are; every module's name is ``{layer_path}.{index}.…``.
+        dropout: of the adapters' input.
+        meta: how the plan was made; ``layer_scores`` is what `explain` shows.
+
+    Raises:
+        UserError: at construction, naming the module: no module, a rank that is not a whole number of 1 or more, an
+            alpha that is not a positive number, a name outside the layers, a dropout outside [0, 1).
+    """
+
+    modules: dict[str, ModulePlan]
+    num_layers: int
+    layer_path: str
+    dropout: float = 0.0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise UserError("the plan adapts no module: choose more layers or other targets")
+        for name, module in self.modules.items():
+            if not _is_int(module.rank) or module.rank < 1:
+                raise UserError(f"plan module {name!r}: rank {module.rank!r} is not a whole number of 1 or more")
+            if not _is_number(module.alpha) or not module.alpha > 0:
+                raise UserError(f"plan module {name!r}: alpha {module.alpha!r} is not a positive number")
+            index = _layer_index(name, self.layer_path)
+            if index is None or index >= self.num_layers:
+                raise UserError(
+                    f"plan module {name!r} is in none of the {self.num_layers} layers of {self.layer_path!r}"
+                )
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout!r} is not in [0, 1)")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The indices of the layers with at least one adapter, ascending."""
+        return tuple(sorted({index for index, _ in self._by_layer()}))
+
+    def to_json(self) -> str:
+        return (
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "layer_path": self.layer_path,
+                    "num_layers": self.num_layers,
+                    "dropout": self.dropout,
+                    "modules": {
+                        name: {"rank": module.rank, "alpha": module.alpha} for name, module in self.modules.items()
+                    },
+                    "meta": self.meta,
+                },
+                indent=2,
+                allow_nan=False,
+            )
+            + "\n"
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            UserError: broken JSON, another format or version, a missing field, or values that no plan has.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise UserError(f"not a plan: a file made by 'aletheia plan' has \"format\": \"{FORMAT}\"")
+        if data.get("version") != VERSION:
+            raise UserError(f"plan version {data.get('version')!r} is unknown: this program reads version {VERSION}")
+        for key, is_right, what in (
+            ("layer_path", lambda value: isinstance(value, str), "a string"),
+            ("num_layers", lambda value: _is_int(value) and value > 0, "a whole number of 1 or more"),
+            ("modules", lambda value: isinstance(value, dict), "an object"),
+            ("meta", lambda value: isinstance(value, dict), "an object"),
+        ):
+            if not is_right(data.get(key)):
+                raise UserError(f"broken plan: {key!r} is not {what}")
+        modules = {}
+        for name, module in data["modules"].items():
+            if not isinstance(module, dict) or set(module) != {"rank", "alpha"}:
+                raise UserError(f"broken plan: module {name!r} is not an object of rank and alpha")
+            modules[name] = ModulePlan(module["rank"], module["alpha"])
+        return Plan(modules, data["num_layers"], data["layer_path"], data.get("dropout", 0.0), data["meta"])
+
+    def trainable_parameters(self, model: nn.Module | Mapping[str, Sequence[int]]) -> int:
+        """Entries of every A [rank, in] and B [out, rank]; times the experts for an expert parameter.
+
+        Args:
+            model: the model, bare or adapted, or by module name (in_features, out_features), for an expert parameter
+                (experts, in_features, out_features).
+
+        Raises:
+            UserError: a module of the plan is not there.
+        """
+        shapes = _shapes(model, self.modules) if isinstance(model, nn.Module) else model
+        for name in self.modules:
+            if name not in shapes:
+                raise UserError(f"plan module {name!r} has no shape given")
+        return sum(module.rank * _rank_cost(shapes[name]) for name, module in self.modules.items())
+
+    def to_lora_config(self, model: nn.Module) -> LoraConfig:
+        """The configuration with which stock PEFT gives exactly the planned adapters on ``model``.
+
+        ``r`` and ``lora_alpha`` are the plan's commonest; modules that differ are named in ``rank_pattern`` and
+        ``alpha_pattern``, whose keys PEFT matches as ``re.match(rf"(.*\\.)?({key})$", name)``: escaped, and with a
+        leading ``^`` that fails wherever the optional prefix took a character, a key can only match its own module.
+        ``target_modules`` has no such anchor (PEFT takes a name that ends in ``.{key}`` too), and PEFT rewrites
+        targets of some MoE models. So the configuration is rehearsed by PEFT itself on an empty copy of the model's
+        module tree, and any difference from the plan is an error.
+
+        Args:
+            model: bare or already adapted; it is not changed.
+
+        Raises:
+            UserError: a module that is not in the model or is no linear or expert parameter, a rank above
+                in_features + out_features, dropout on expert parameters (PEFT has none), or a key that PEFT would
+                match to other modules than the plan's.
+        """
+        bare = _bare_modules(model)
+        shapes = _shapes(model, self.modules)
+        for name, module in self.modules.items():
+            _check_rank(name, module.rank, shapes[name])
+        parameters = [name for name in self.modules if name not in bare]
+        linears = [name for name in self.modules if name in bare]
+        if parameters and self.dropout:
+            raise UserError(f"expert parameter {parameters[0]!r} cannot have dropout {self.dropout}: plan dropout 0")
+
+        # PEFT wrongly warns that patterns which match a parameter are ignored, so parameters set the common values.
+        common = [self.modules[name] for name in parameters or linears]
+        rank = Counter(module.rank for module in common).most_common(1)[0][0]
+        alpha = Counter(module.alpha for module in common).most_common(1)[0][0]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=_json_number(alpha),
+            lora_dropout=self.dropout,
+            bias="none",
+            target_modules=linears,
+            target_parameters=parameters or None,
+            rank_pattern={_anchored(n): m.rank for n, m in self.modules.items() if m.rank != rank},
+            alpha_pattern={_anchored(n): _json_number(m.alpha) for n, m in self.modules.items() if m.alpha != alpha},
+            fan_in_fan_out=bool(linears) and not parameters and all(isinstance(bare[n], Conv1D) for n in linears),
+            task_type="CAUSAL_LM" if _is_causal_lm(bare[""]) else None,
+        )
+        self._rehearse(config, bare)
+        return config
+
+    def check(self, peft_model: nn.Module, adapter_name: str = _ADAPTER) -> None:
+        """Compares the adapters that a model has with the plan: the modules, their ranks and scalings.
+
+        Raises:
+            UserError: naming the first module that differs.
+        """
+        found = _adapters(peft_model, adapter_name)
+        for name in sorted(found.keys() - self.modules.keys()):
+            keys = [key for key in self.modules if name.endswith(f".{key}") or _last(key) == _last(name)]
+            key = max(keys, key=lambda key: (name.endswith(f".{key}"), len(key)), default=None)
+            because = f", through the plan's {key!r}" if key is not None else ""
+            raise UserError(f"PEFT would adapt {name!r}{because}, which the plan leaves out: rename or drop the target")
+        for name, module in self.modules.items():
+            if name not in found:
+                raise UserError(f"PEFT would not adapt {name!r}, which the plan names: drop it from the plan")
+            rank, scaling = found[name]
+            if rank != module.rank or not math.isclose(scaling, module.alpha / module.rank, rel_tol=1e-6):
+                raise UserError(
+                    f"PEFT would give {name!r} rank {rank} and scaling {scaling:g}, "
+                    f"where the plan has rank {module.rank} and alpha {module.alpha:g}"
+                )
+
+    def explain(self) -> str:
+        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its modules."""
+        scores = self.meta.get("layer_scores") or []
+        adapted: dict[int, dict[int, list[str]]] = {}
+        for index, name in self._by_layer():
+            adapted.setdefault(index, {}).setdefault(self.modules[name].rank, []).append(_last(name))
+        lines = ["layer       score      ranks"]
+        for index in range(self.num_layers):
+            score = f"{scores[index]:.5g}" if index < len(scores) else ""
+            ranks = adapted.get(index, {})
+            cells = "   ".join(f"{rank}: {' '.join(names)}" for rank, names in sorted(ranks.items()))
+            lines.append(f"{index:5}  {score:>10}  {'in ' if ranks else 'out'} {cells}".rstrip())
+        lines.append(f"{len(adapted)} of {self.num_layers} layers, {len(self.modules)} modules adapted")
+        return "\n".join(lines)
+
+    def _by_layer(self) -> Iterator[tuple[int, str]]:
+        for name in self.modules:
+            index = _layer_index(name, self.layer_path)
+            assert index is not None  # checked at construction
+            yield index, name
+
+    def _rehearse(self, config: LoraConfig, bare: Mapping[str, nn.Module]) -> None:
+        skeleton = _skeleton(bare, self.modules)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                # A copy: PEFT condenses the list of targets in place.
+                LoraModel(skeleton, copy.deepcopy(config), _ADAPTER, low_cpu_mem_usage=True)
+            except ValueError as error:
+                raise UserError(f"PEFT refuses the plan: {error}") from error
+        self.check(skeleton)
+
+
+def make_plan(
+    scores: Scores,
+    *,
+    layers: float = 50,
+    ranks: Ranks = "uniform",
+    rank: int = 16,
+    attention_rank: int = 16,
+    mlp_rank: int = 64,
+    budget: int | None = None,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+) -> Plan:
+    """Adapters on the layers with the highest scores.
+
+    The share and the tie rule are those of Aletheia (arXiv 2604.15351): k = max(floor(L · share / 100), 1) layers,
+    ties to the lower index. So are the by-type ranks of 16 and 64.
+
+    Args:
+        scores: of every layer, and of the modules that can be adapted.
+        layers: the share of the layers to adapt, in percent, in (0, 100].
+        ranks: "uniform" (``rank``); "by-type" (``attention_rank``, ``mlp_rank``, and ``rank`` for what is neither);
+            "by-score" (in proportion to each module's score; see `ranks_by_score`).
+        budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would cost.
+        alpha: of every module; by default 2 · its rank, so that alpha / rank is 2 (the published 32 / 16) throughout.
+        targets: the modules to adapt, by full name or by its end ("q_proj", "mlp.up_proj"); by default all scored.
+
+    Raises:
+        UserError: a share outside (0, 100], a rank or alpha of 0 or less, a rank above a module's in_features +
+            out_features, a score that is not finite, a target that matches nothing, a budget that is too small or
+            given without "by-score".
+    """
+    _check_share(layers)
+    for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
+        if not _is_int(value) or value < 1:
+            raise UserError(f"{what} {value} is not a whole number of 1 or more")
+    if budget is not None and ranks != "by-score":
+        raise UserError(f"a parameter budget goes with ranks by-score, not {ranks}: drop one of the two")
+    chosen = set(_highest(scores.layers, layers))
+    names = _select(scores.modules, targets)
+    modules = {name: scores.modules[name] for name in names if scores.modules[name].layer in chosen}
+    if not modules:
+        raise UserError(f"the targets match no module in the chosen layers {sorted(chosen)}")
+
+    if ranks == "uniform":
+        rank_of = dict.fromkeys(modules, rank)
+    elif ranks == "by-type":
+        by_kind = {"attention": attention_rank, "mlp": mlp_rank}
+        rank_of = {name: by_kind.get(module.kind, rank) for name, module in modules.items()}
+    elif ranks == "by-score":
+        uniform_cost = sum(rank * _rank_cost(_score_shape(module)) for module in modules.values())
+        rank_of = ranks_by_score(modules, uniform_cost if budget is None else budget)
+    else:
+        raise UserError(f"ranks {ranks!r} is unknown: choose uniform, by-type or by-score")
+    for name, module in modules.items():
+        _check_rank(name, rank_of[name], _score_shape(module))
+
+    return Plan(
+        {name: ModulePlan(rank_of[name], 2.0 * rank_of[name] if alpha is None else alpha) for name in modules},
+        num_layers=len(scores.layers),
+        layer_path=scores.layer_path,
+        dropout=dropout,
+        meta={
+            "method": scores.method,
+            "model": scores.meta.get("model"),
+            "share": layers,
+            "ranks": ranks,
+            "budget": budget,
+            "targets": list(targets) if targets is not None else None,
+            "layer_scores": list(scores.layers),
+        },
+    )
+
+
+def uniform_plan(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+) -> Plan:
+    """One rank and alpha on every layer: what is usually done, and what a plan is compared with.
+
+    Args:
+        model: bare or adapted.
+        targets: as in `make_plan`; by default every linear and expert parameter of the layers.
+
+    Raises:
+        UserError: a model without a known list of layers, a rank or alpha of 0 or less, a rank above a module's
+            in_features + out_features, a target that matches nothing.
+    """
+    layers = find_layers(model)
+    experts = [
+        f"{name}.{parameter_name}"
+        for name, module in _bare_modules(model).items()
+        if _layer_index(f"{name}.", layers.path) is not None
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+    names = _select([*(module.name for module in linear_modules(model)), *experts], targets)
+    plan = Plan(
+        {name: ModulePlan(rank, alpha) for name in names},
+        num_layers=len(layers.layers),
+        layer_path=layers.path,
+        dropout=dropout,
+        meta={"ranks": "uniform", "share": 100},
+    )
+    for name, shape in _shapes(model, names).items():
+        _check_rank(name, rank, shape)
+    return plan
+
+
+def ranks_by_score(modules: Mapping[str, ModuleScore], budget: int) -> dict[str, int]:
+    """Whole ranks in proportion to the scores that cost no more than ``budget`` trainable parameters.
+
+    The ideal rank is t_i = min(max(λ s_i, 1), min(in_i, out_i)), with λ such that Σ t_i c_i is the budget, where c_i
+    is what one rank costs. Each module gets floor(t_i); what that leaves goes, one rank a module, to the largest
+    remainders that still fit. So every rank is within 1 of the ideal and, unless every module is at its bound,
+    less than the largest c_i is left over.
+
+    Raises:
+        UserError: a budget too small for rank 1 everywhere, saying the least; a score that is negative or not finite;
+            no positive score.
+    """
+    for name, module in modules.items():
+        if not math.isfinite(module.score) or module.score < 0:
+            raise UserError(f"score {module.score} of {name!r} cannot be shared out: it must be finite and >= 0")
+    cost = {name: _rank_cost(_score_shape(module)) for name, module in modules.items()}
+    least = sum(cost.values())
+    if budget < least:
+        raise UserError(f"budget {budget} is too small for rank 1 on {len(modules)} modules: at least {least}")
+    largest = max(module.score for module in modules.values())
+    if largest == 0:
+        raise UserError("every score is 0: there is nothing for the ranks to be in proportion to")
+    # Divided by the largest, so that λ stays in range whatever the scores' scale.
+    share = {name: module.score / largest for name, module in modules.items()}
+    bound = {name: min(_score_shape(module)[-2:]) for name, module in modules.items()}
+
+    def ideal(scale: float) -> dict[str, float]:
+        return {name: min(max(scale * share[name], 1.0), float(bound[name])) for name in modules}
+
+    def price(ranks: Mapping[str, float]) -> float:
+        return sum(ranks[name] * cost[name] for name in modules)
+
+    # Σ t_i c_i grows with λ: bisect. A λ of the budget itself costs at least the budget for the module of share 1,
+    # unless the bounds forbid it.
+    low, high = 0.0, float(budget)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if price(ideal(middle)) <= budget else (low, middle)
+    target = ideal(low)
+    # 200 halvings leave λ a rounding error below its value: a t_i that is whole must not lose a rank to it.
+    ranks = {name: math.floor(rank + 1e-9) for name, rank in target.items()}
+    left = budget - sum(ranks[name] * cost[name] for name in modules)
+    for name in sorted(modules, key=lambda name: ranks[name] - target[name]):
+        if ranks[name] < bound[name] and cost[name] <= left:
+            ranks[name] += 1
+            left -= cost[name]
+    return ranks
+
+
+def _highest(scores: Sequence[float], share: float) -> list[int]:
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(f"the score of layer {index} is {score}: probe again, in float32 or on other batches")
+    # 1e-9: a share that was computed, such as 0.29 · 100, may fall a rounding error short of a whole layer.
+    count = max(math.floor(len(scores) * share / 100 + 1e-9), 1)
+    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
+
+
+def _check_share(share: float) -> None:
+    if not _is_number(share) or not 0 < share <= 100:
+        raise UserError(f"share of layers {share} is outside (0, 100] percent")
+
+
+def _check_rank(name: str, rank: int, shape: Sequence[int]) -> None:
+    # B A has rank min(in, out) at most. Up to in + out a higher one is wasteful but harmless (a rank that suits the
+    # MLP meets a narrow k_proj); beyond, the adapter outweighs any module it could stand for.
+    if rank > sum(shape[-2:]):
+        raise UserError(f"rank {rank} of {name!r} is above its in + out features, {sum(shape[-2:])}: choose a lower one")
+
+
+def _select(names: Iterable[str], targets: Sequence[str] | None) -> list[str]:
+    """The names that a target equals or ends, in their own order."""
+    names = list(names)
+    if targets is None:
+        return names
+    if isinstance(targets, str):
+        raise UserError(f"targets {targets!r} is one string: give a list of names")
+
+    def ends(name: str, target: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    for target in targets:
+        if not any(ends(name, target) for name in names):
+            there = ", ".join(dict.fromkeys(_last(name) for name in names))
+            raise UserError(f"target {target!r} matches no module: there are {there}")
+    return [name for name in names if any(ends(name, target) for target in targets)]
+
+
+def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name before any adapter was put in, in model order; "" is the model itself."""
+    return dict(bare_modules(bare_model(model)))
+
+
+def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """(in, out) of a linear, (experts, in, out) of a 3-D parameter, by name."""
+    bare = _bare_modules(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        module = bare.get(name)
+        owner, _, leaf = name.rpartition(".")
+        parameter = dict(bare[owner].named_parameters(recurse=False)).get(leaf) if owner in bare else None
+        if module is not None and is_linear(module):
+            shapes[name] = linear_shape(module)
+        elif parameter is not None and parameter.dim() == 3:
+            experts, *sides = parameter.shape
+            # Stored [experts, out, in], or [experts, in, out] where transformers says that it is transposed.
+            shapes[name] = experts, *(sides if getattr(bare[owner], "is_transposed", False) else reversed(sides))
+        elif module is not None or parameter is not None:
+            raise UserError(f"plan module {name!r} is no linear layer or expert parameter: drop it from the plan")
+        else:
+            raise UserError(f"plan module {name!r} is not in this model: the plan was made for another")
+    return shapes
+
+
+def _score_shape(module: ModuleScore) -> tuple[int, ...]:
+    return module.in_features, module.out_features
+
+
+def _rank_cost(shape: Sequence[int]) -> int:
+    """Trainable parameters that one rank costs: a row of A and a column of B, once an expert."""
+    return (shape[0] if len(shape) == 3 else 1) * (shape[-2] + shape[-1])
+
+
+def _skeleton(bare: Mapping[str, nn.Module], planned: Iterable[str]) -> nn.Module:
+    """The module tree with linears of the same sizes and the planned 3-D parameters, on the meta device."""
+    planned = set(planned)
+    copies: dict[str, nn.Module] = {}
+    for name, module in bare.items():
+        if is_linear(module):
+            twin: nn.Module = nn.utils.skip_init(nn.Linear, *linear_shape(module), bias=False, device="meta")
+        else:
+            twin = nn.Module()
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                    twin.register_parameter(parameter_name, nn.Parameter(meta, requires_grad=False))
+        if hasattr(module, "is_transposed"):
+            twin.is_transposed = module.is_transposed
+        copies[name] = twin
+        if name:
+            owner, _, leaf = name.rpartition(".")
+            copies[owner].add_module(leaf, twin)
+    root = copies[""]
+    if hasattr(bare[""], "config"):
+        root.config = bare[""].config  # PEFT decides by the model type whether to rewrite targets
+    return root
+
+
+def _adapters(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, float]]:
+    """(rank, scaling) of every LoRA layer, by the name of the module or parameter in the bare model."""
+    found = {}
+    for name, module in bare_model(model).named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.r:
+            # Wrappers of several parameters of one module are nested, each the base_layer of the one before.
+            parts = [part for part in name.split(".") if part != "base_layer"]
+            parameter = getattr(module, "parameter_name", None)
+            found[".".join([*parts, parameter] if parameter else parts)] = (
+                module.r[adapter_name],
+                module.scaling[adapter_name],
+            )
+    return found
+
+
+def _anchored(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _layer_index(name: str, layer_path: str) -> int | None:
+    prefix = f"{layer_path}." if layer_path else ""
+    match = re.match(rf"{re.escape(prefix)}(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _json_number(value: float) -> int | float:
+    """PEFT types lora_alpha as int and writes it as it is: 32.0 becomes 32, 24.5 stays."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
