@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 
 
@@ -53,7 +54,8 @@ def _linear_cross_entropy(h, weight, bias, labels, softcap, needs_dh):
             f"labels: expected class indices in [0, {weight.shape[0]}), got {int(labels.min())} to {int(labels.max())}"
         )
     backend = implementation(h.device.type, h.dtype)
-    return backend.linear_cross_entropy_forward(h, weight, bias, labels, softcap, needs_dh)
+    with outside_autocast(h):
+        return backend.linear_cross_entropy_forward(h, weight, bias, labels, softcap, needs_dh)
 
 
 @_linear_cross_entropy.register_fake

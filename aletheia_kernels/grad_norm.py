@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 
 METHODS = ("auto", "tiles", "gram")
@@ -36,7 +37,8 @@ def _weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
     torch._check(
         method in METHODS, lambda: f"method: expected one of {', '.join(METHODS)}, got {method!r}"
     )
-    return implementation(x.device.type, x.dtype).weight_grad_norm_sq(x, dy, method)
+    with outside_autocast(x):
+        return implementation(x.device.type, x.dtype).weight_grad_norm_sq(x, dy, method)
 
 
 @_weight_grad_norm_sq.register_fake
@@ -52,7 +54,8 @@ def _weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[T
         omega.dim() == 2 and omega.shape[0] == x.shape[1] and omega.shape[1] >= 2,
         lambda: f"omega: expected [{x.shape[1]}, at least 2], got {tuple(omega.shape)}",
     )
-    return implementation(x.device.type, x.dtype).weight_grad_norm_sq_sketch(x, dy, omega)
+    with outside_autocast(x):
+        return implementation(x.device.type, x.dtype).weight_grad_norm_sq_sketch(x, dy, omega)
 
 
 @_weight_grad_norm_sq_sketch.register_fake

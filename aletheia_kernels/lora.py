@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 
 
@@ -88,7 +89,8 @@ def _check(
 def _lora_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
     backend = implementation(x.device.type, x.dtype)
-    return backend.lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+    with outside_autocast(x):
+        return backend.lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
 
 
 @_lora_group.register_fake
@@ -109,9 +111,10 @@ def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
 )
 def _lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx):
     backend = implementation(x.device.type, x.dtype)
-    return backend.lora_group_backward(
-        dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx
-    )
+    with outside_autocast(x):
+        return backend.lora_group_backward(
+            dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx
+        )
 
 
 @_lora_group_backward.register_fake

@@ -1,0 +1,16 @@
+"""Operators compute in the dtypes they are given: autocast, which would re-cast their inner products, is left outside."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def outside_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A context with autocast off for the device of ``tensor``; free where it is off already."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,309 @@
+"""Makes a PEFT LoRA model fast in place: its LoRA linears run on the operator, siblings as one call; undone by restore."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import aletheia_kernels
+from aletheia_tune.errors import UserError
+
+
+@dataclass(frozen=True)
+class PatchEntry:
+    """One adapted module: the path its forward takes ("kernel" or "peft"), why, and who shares its call."""
+
+    module: str
+    path: str
+    reason: str
+    siblings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Every adapted module of a model and the path it takes; ``str()`` sums it up."""
+
+    entries: tuple[PatchEntry, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fast(self) -> tuple[PatchEntry, ...]:
+        """The entries whose forward runs on the operator."""
+        return tuple(entry for entry in self.entries if entry.path == "kernel")
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fast)} of {len(self.entries)} adapted modules run on the kernels"]
+        calls = len({entry.siblings or entry.module for entry in self.fast})
+        if self.fast:
+            lines[0] += f", in {calls} calls a forward pass"
+        slow = Counter(entry.reason for entry in self.entries if entry.path != "kernel")
+        lines += [f"  {count} on PEFT's own path: {reason}" for reason, count in slow.items()]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _structural_reason(layer: LoraLayer) -> str | None:
+    """Why a layer can never run on the operator while it is built as it is; None when it can."""
+    if type(layer) is not LoraLinear:
+        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no operator"
+    if type(layer.get_base_layer()) not in (nn.Linear, Conv1D) or isinstance(layer.base_layer, LoraLayer):
+        return f"its base layer is a {type(layer.get_base_layer()).__name__}"
+    return None
+
+
+def _state_reason(layer: LoraLinear) -> str | None:
+    """Why a layer's present state needs PEFT's own forward; None when the operator computes the same."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged into the weight"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active on it"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
+    base, lora_A, lora_B, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if base.weight.requires_grad:
+        return "its base weight is trained"
+    if lora_B.bias is not None or lora_A.bias is not None:
+        return "the adapter has a bias of its own (lora_bias)"
+    if type(lora_A) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"the adapter is made of {type(lora_A).__name__} and {type(dropout).__name__}"
+    for part in (base, lora_A, lora_B, dropout):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return "a hook is registered on its base layer or adapter"
+        if "forward" in part.__dict__:
+            return "the forward of its base layer or adapter is replaced"
+    return None
+
+
+def _dropout_p(layer: LoraLinear) -> float:
+    dropout = layer.lora_dropout[_active(layer)]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _active(layer: LoraLinear) -> str:
+    return next(name for name in layer.active_adapters if name in layer.lora_A)
+
+
+def _serves(layer: LoraLinear, x: Tensor) -> bool:
+    """Whether the operator computes this call: the state allows it and x has, or is cast to, the weight's dtype."""
+    if _state_reason(layer) is not None or not x.is_floating_point() or _dropout_p(layer) >= 1.0:
+        return False
+    weight = layer.base_layer.weight
+    if torch.is_autocast_enabled(x.device.type):
+        return weight.dtype == torch.get_autocast_dtype(x.device.type)
+    return weight.dtype == x.dtype
+
+
+def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
+    names = [_active(layer) for layer in layers]
+    bases = [layer.base_layer for layer in layers]
+    dropout_p = _dropout_p(layers[0])
+    seed = None
+    if dropout_p > 0.0:
+        # Drawn from the default generator, as dropout itself would: checkpointing that restores it repeats the mask.
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    return aletheia_kernels.lora_group(
+        x.to(bases[0].weight.dtype),
+        [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases],
+        [base.bias for base in bases],
+        [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
+        [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],
+        [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)],
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+
+
+@dataclass
+class _Siblings:
+    """Layers that read one tensor. The first to be called computes for all; the others find their output here.
+
+    An output is handed on only for the very tensor object, unmodified, in the grad mode it was computed for; in every
+    other case the caller computes afresh, so a wrong guess about who are siblings costs time and never correctness.
+    """
+
+    layers: list[LoraLinear]
+    source: Tensor | None = None
+    key: tuple[int, bool] = (0, False)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def _key(x: Tensor) -> tuple[int, bool]:
+        return (0 if x.is_inference() else x._version), torch.is_grad_enabled()
+
+    def run(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        if x is self.source and self._key(x) == self.key and id(layer) in self.outputs:
+            output = self.outputs.pop(id(layer))
+            if not self.outputs:
+                self.source = None
+            return output
+        dropout_p = _dropout_p(layer)
+        members = [
+            other for other in self.layers if other is layer or (_serves(other, x) and _dropout_p(other) == dropout_p)
+        ]
+        outputs = {id(member): y for member, y in zip(members, _compute(members, x), strict=True)}
+        mine = outputs.pop(id(layer))
+        self.outputs, self.source, self.key = outputs, x if outputs else None, self._key(x)
+        return mine
+
+
+class _KernelForward:
+    """The forward that replaces a LoRA linear's own."""
+
+    def __init__(self, layer: LoraLinear, siblings: _Siblings | None) -> None:
+        self.layer = layer
+        self.siblings = siblings
+        self.replaced = layer.__dict__.get("forward")
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        if args or kwargs or not _serves(layer, x):
+            original = self.replaced or type(layer).forward.__get__(layer)
+            return original(x, *args, **kwargs)
+        # A compiler sees the whole graph and would trip over outputs kept aside between calls.
+        if self.siblings is None or torch.compiler.is_compiling():
+            return _compute([layer], x)[0]
+        return self.siblings.run(layer, x)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients and a private random state; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _observe_siblings(
+    model: nn.Module, layers: Mapping[str, LoraLinear], inputs: Mapping[str, Any]
+) -> list[tuple[str, ...]]:
+    """Runs one forward and groups the layers of one parent module that received the same unmodified tensor."""
+    seen: dict[tuple[str, int, int], list[str]] = {}
+    alive: list[Tensor] = []  # a tensor's id means it only while it lives
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                alive.append(args[0])
+                parent = name.rpartition(".")[0]
+                names = seen.setdefault((parent, id(args[0]), args[0]._version), [])
+                if name not in names:
+                    names.append(name)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with _undisturbed(model):
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups, taken = [], set()
+    for names in seen.values():
+        if len(names) > 1 and taken.isdisjoint(names):
+            groups.append(tuple(names))
+            taken.update(names)
+    return groups
+
+
+def _example_inputs(model: nn.Module) -> dict[str, Any] | None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = getattr(inner, "dummy_inputs", None)
+    device = next(model.parameters()).device
+    return None if inputs is None else {name: value.to(device) for name, value in inputs.items()}
+
+
+def apply_kernels(
+    model: nn.Module, *, example_inputs: Mapping[str, Any] | None = None, strict: bool = False
+) -> PatchReport:
+    """Swaps the forward of a PEFT model's LoRA linears for the operator, in place.
+
+    Siblings (q, k, v; gate, up) are found by observing one small forward pass: layers of one parent module that
+    receive the same tensor become one call. PEFT keeps its parameters, so saving, loading, merging and switching
+    adapters are untouched; a state that the operator does not compute (several active adapters, adapters disabled or
+    merged, DoRA and other variants, hooks on the base layer, a weight in another dtype than its input) runs PEFT's own
+    forward. Calling it again on a patched model patches it afresh.
+
+    Args:
+        model: a PEFT model with LoRA adapters, or any module that contains LoRA layers.
+        example_inputs: keyword arguments of one small forward pass; by default transformers' ``dummy_inputs``.
+        strict: raise when any adapted module stays on PEFT's path.
+
+    Returns:
+        A report with the path of every adapted module and the reason for it.
+
+    Raises:
+        UserError: the model has no LoRA layer; with ``strict``, a module that the operator does not serve.
+    """
+    restore(model)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not adapted:
+        raise UserError("apply_kernels: the model has no LoRA layer; wrap it with peft.get_peft_model first")
+    reasons = {name: _structural_reason(layer) or _state_reason(layer) for name, layer in adapted.items()}
+    if strict and (slow := [f"{name}: {reason}" for name, reason in reasons.items() if reason]):
+        raise UserError(
+            f"apply_kernels(strict=True): {len(slow)} adapted modules stay on PEFT's path, the first {slow[0]}"
+        )
+    layers = {name: layer for name, layer in adapted.items() if _structural_reason(layer) is None}
+
+    notes: list[str] = []
+    groups: list[tuple[str, ...]] = []
+    inputs = example_inputs if example_inputs is not None else _example_inputs(model)
+    if inputs is None:
+        notes.append("siblings not looked for: give example_inputs, the model offers none of its own")
+    else:
+        try:
+            groups = _observe_siblings(model, layers, inputs)
+        except Exception as error:
+            # Finding no siblings costs speed alone, and the model may well refuse inputs that are not its user's.
+            if example_inputs is not None:
+                raise
+            notes.append(f"siblings not looked for: the model refused its dummy inputs ({error}); give example_inputs")
+
+    siblings_of: dict[str, tuple[str, ...]] = {name: group for group in groups for name in group}
+    shared = {group: _Siblings([layers[name] for name in group]) for group in groups}
+    for name, layer in layers.items():
+        group = siblings_of.get(name)
+        layer.forward = _KernelForward(layer, shared[group] if group else None)
+    entries = tuple(
+        PatchEntry(
+            name,
+            "peft" if reasons[name] else "kernel",
+            reasons[name] or ("one call with its siblings" if name in siblings_of else "one call of its own"),
+            siblings_of.get(name, ()),
+        )
+        for name in adapted
+    )
+    return PatchReport(entries, tuple(notes))
+
+
+def restore(model: nn.Module) -> int:
+    """Undoes :func:`apply_kernels`; behaviour is again PEFT's own, bit for bit. Returns how many modules it undid."""
+    count = 0
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, _KernelForward):
+            if forward.replaced is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward.replaced
+            count += 1
+    return count
