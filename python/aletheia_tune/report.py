@@ -1,0 +1,252 @@
+"""A race and the plan behind it as one page for a person: no script, nothing fetched, readable on a phone."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from aletheia_tune import figures, files
+
+if TYPE_CHECKING:
+    from aletheia_tune.plan import Plan
+    from aletheia_tune.race import ArmResult, RaceResult
+    from aletheia_tune.scores import Scores
+
+Facts = Sequence[tuple[str, str]]
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    result: RaceResult,
+    scores: Scores,
+    *,
+    title: str,
+    question: str,
+    commands: Sequence[str],
+    facts: Facts = (),
+    overwrite: bool = False,
+) -> None:
+    """Write the page of a race as one HTML file.
+
+    An arm whose plan was made from `scores` is charged the probe's seconds in the curve over wall-clock and
+    in the verdict. The scores' figure marks the layers of the first such plan, and that plan is shown.
+
+    Args:
+        path: of the HTML file.
+        result: of `race.race`.
+        scores: of the probe.
+        title: the page's heading.
+        question: what was compared, in a sentence.
+        commands: to repeat it, one a line.
+        facts: more (name, value) pairs for the table of where and how it ran, first in it.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ValueError: no arm's plan was made from `scores`.
+        UserError: the file cannot be written.
+    """
+    planned = [arm for arm in result.arms if _is_from(arm.plan, scores)]
+    if not planned:
+        raise ValueError("no arm of the race has a plan made from these scores")
+    template = Environment(
+        loader=PackageLoader("aletheia_tune"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.j2")
+    page = template.render(
+        title=title,
+        question=question,
+        verdict=_verdict(result, scores),
+        limits=_limits(result),
+        table=result.cells(),
+        curves=_curves(result, scores),
+        layers=_layer_figures(planned[0].plan, scores),
+        facts=[*facts, *_facts(result, scores)],
+        commands=commands,
+    )
+    files.write_text(path, page, overwrite)
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """The machine that this runs on, for `write_report`: processor, CPUs, torch's threads, system."""
+    return [
+        ("processor", _processor()),
+        ("CPUs, threads", f"{os.cpu_count()} logical CPUs, {torch.get_num_threads()} torch threads"),
+        ("system", platform.platform()),
+    ]
+
+
+def _is_from(plan: Plan, scores: Scores) -> bool:
+    return plan.meta.get("layer_scores") == list(scores.layers)
+
+
+def _probe_seconds(arm: ArmResult, scores: Scores) -> float:
+    return float(scores.meta["seconds"]) if _is_from(arm.plan, scores) else 0.0
+
+
+def _verdict(result: RaceResult, scores: Scores) -> str:
+    objection = result.objection()
+    if objection:
+        return f"No speed is read off this race: {objection}."
+    first, *others = result.arms
+    base = first.training
+    sentences = [
+        f"After {base.history[-1].step} steps, “{first.name}” has a held-out loss of {_loss(first)} "
+        f"at {base.step_seconds:.3g} s a step, {base.history[-1].seconds:.0f} s in all."
+    ]
+    for arm in others:
+        training = arm.training
+        assert base.step_seconds is not None
+        assert training.step_seconds is not None
+        speedup = base.step_seconds / training.step_seconds
+        probe = _probe_seconds(arm, scores)
+        charged = f", its probe of {probe:.0f} s included" if probe else ""
+        sentences.append(
+            f"“{arm.name}” has {_loss(arm)}, with {speedup:.2f} times the speed a step, "
+            f"{training.history[-1].seconds + probe:.0f} s in all{charged}."
+        )
+    return " ".join(sentences)
+
+
+def _limits(result: RaceResult) -> str:
+    config = result.arms[0].training.config
+    steps = len(result.arms[0].training.history)
+    examples = config["batch_size"] * config["gradient_accumulation"]
+    return (
+        f"One seed, {steps} steps of {examples} examples, one learning rate ({config['learning_rate']:g}) "
+        "for every arm, one machine. That is enough to see what a step costs here. It is not enough to say "
+        "which arm learns better: that takes several seeds, a learning rate tuned for each arm, and other "
+        "choices of as many layers as controls."
+    )
+
+
+def _loss(arm: ArmResult) -> str:
+    loss = arm.training.eval_loss_after
+    return "none measured" if loss is None else f"{loss:.4f}"
+
+
+def _curves(result: RaceResult, scores: Scores) -> list[dict[str, str]]:
+    by_step, by_time = [], []
+    for arm in result.arms:
+        evals, probe = arm.training.evals, _probe_seconds(arm, scores)
+        losses = [record.loss for record in evals]
+        by_step.append(figures.Curve(arm.name, [record.step for record in evals], losses))
+        by_time.append(figures.Curve(arm.name, [record.seconds + probe for record in evals], losses))
+    ends = "; ".join(
+        f"{curve.name}: from {curve.loss[0]:.4f} to {curve.loss[-1]:.4f}" for curve in by_step if curve.loss
+    )
+    times = "; ".join(f"{curve.name}: {curve.x[-1]:.0f} s" for curve in by_time if curve.x)
+    y_label = "held-out loss (nats a token)"
+    return [
+        _figure(
+            figures.loss_curves(
+                by_step, x_label="step", y_label=y_label, label=f"Held-out loss by step. {ends}."
+            ),
+            "By optimizer step. Arms that learn alike lie on each other.",
+        ),
+        _figure(
+            figures.loss_curves(
+                by_time,
+                x_label="seconds of training, probe included",
+                y_label=y_label,
+                label=f"Held-out loss by wall-clock time. {ends}. Time at the end, {times}.",
+            ),
+            "By wall-clock time of training; evaluation is left out. "
+            f"A plan made from scores starts later, by its probe's {float(scores.meta['seconds']):.1f} s.",
+        ),
+    ]
+
+
+def _layer_figures(plan: Plan, scores: Scores) -> list[dict[str, str]]:
+    named = {name: _place(name, plan.layer_path) for name in plan.modules}
+    short = _short({rest for _, rest in named.values()})
+    ranks = {(named[name][0], short[named[name][1]]): module.rank for name, module in plan.modules.items()}
+    chosen = ", ".join(map(str, plan.layers))
+    counts = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(ranks.values()).items()))
+    highest = max(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
+    return [
+        _figure(
+            figures.score_bars(
+                scores.layers,
+                plan.layers,
+                label=f"Score of each of {len(scores.layers)} layers, highest in layer {highest} "
+                f"({scores.layers[highest]:.4g}). Chosen layers: {chosen}.",
+            ),
+            "Score of each layer. ★ and the darker colour: adapted in the plan.",
+        ),
+        _figure(
+            figures.rank_grid(ranks, plan.num_layers, label=f"LoRA rank by layer and module: {counts}."),
+            f"The plan: the LoRA rank of each module ({counts}); an empty cell stays frozen.",
+        ),
+    ]
+
+
+def _place(name: str, layer_path: str) -> tuple[int, str]:
+    """The layer of a module, and its name within the layer."""
+    index, _, rest = name.removeprefix(f"{layer_path}.").partition(".")
+    return int(index), rest
+
+
+def _short(names: set[str]) -> dict[str, str]:
+    """The last part of each name where that tells them apart, else the last two (GPT-2's c_proj)."""
+    last = Counter(name.rpartition(".")[2] for name in names)
+    return {
+        name: name.rpartition(".")[2]
+        if last[name.rpartition(".")[2]] == 1
+        else ".".join(name.split(".")[-2:])
+        for name in names
+    }
+
+
+def _figure(svg: str, caption: str) -> dict[str, str]:
+    return {"svg": Markup(svg), "caption": caption}
+
+
+def _facts(result: RaceResult, scores: Scores) -> list[tuple[str, str]]:
+    training = result.arms[0].training
+    config, meta = training.config, result.meta
+    probe = scores.meta
+    return [
+        ("model", f"{meta['model']} in {config['dtype']}, adapters in float32"),
+        ("data", f"{meta['train']} to train on, {meta['eval']} held out"),
+        (
+            "training",
+            f"{len(training.history)} steps of {config['batch_size']} examples of at most "
+            f"{config['max_length']} tokens, AdamW at {config['learning_rate']:g} ({config['schedule']}), "
+            f"seed {config['seed']}",
+        ),
+        *((arm.name, _how(arm)) for arm in result.arms),
+        ("turns", f"each arm in its own process, {meta['slice_steps']} steps at a time in turn"),
+        (
+            "probe",
+            f"{scores.method}, {probe['batches']} batches of {probe['tokens']:,} tokens in all, "
+            f"{probe['seconds']:.1f} s",
+        ),
+        ("allocator", ", ".join(f"{name}={value}" for name, value in meta["allocator"].items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
+    ]
+
+
+def _how(arm: ArmResult) -> str:
+    linears = "this package's operators" if arm.kernels else "PEFT's own forward"
+    prefix = arm.training.prefix_layers
+    return f"{linears}; head and loss over {arm.training.head}; layers that run without a graph: {prefix}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

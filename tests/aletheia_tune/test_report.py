@@ -1,0 +1,288 @@
+"""The page of a race: it stands alone, says what the race found, and reads without seeing the figures."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from aletheia_tune import figures
+from aletheia_tune.errors import UserError
+from aletheia_tune.plan import ModulePlan, Plan, make_plan
+from aletheia_tune.race import ArmResult, RaceResult
+from aletheia_tune.report import machine_facts, write_report
+from aletheia_tune.scores import ModuleScore, Scores
+from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult
+
+LAYERS = 6
+MODULES = {
+    "self_attn.q_proj": (32, 32, "attention"),
+    "self_attn.o_proj": (32, 32, "attention"),
+    "mlp.down_proj": (64, 32, "mlp"),
+}
+STEPS = 8
+
+
+@pytest.fixture
+def scores() -> Scores:
+    layers = tuple(3.0 + math.sin(2.3 * layer) for layer in range(LAYERS))
+    modules = {
+        f"model.layers.{layer}.{name}": ModuleScore(layer, layers[layer] / 3, *shape_and_kind)
+        for layer in range(LAYERS)
+        for name, shape_and_kind in MODULES.items()
+    }
+    meta = {"seconds": 7.5, "batches": 5, "tokens": 1234}
+    return Scores("aletheia", layers, modules, "model.layers", meta)
+
+
+def arm(name: str, plan: Plan, *, kernels: bool, step_seconds: float, final: float) -> ArmResult:
+    history = tuple(
+        StepRecord(i, i * step_seconds, step_seconds, 2.0 - 0.1 * i, 1e-4, 0.7, 400)
+        for i in range(1, STEPS + 1)
+    )
+    evals = (
+        EvalRecord(0, 0.0, 2.0),
+        EvalRecord(STEPS // 2, STEPS // 2 * step_seconds, (2.0 + final) / 2),
+        EvalRecord(STEPS, STEPS * step_seconds, final),
+    )
+    training = TrainResult(
+        history=history,
+        evals=evals,
+        trainable_parameters=123_456,
+        peak_memory_mb=2048.0,
+        patch_report=None,
+        head="labelled rows" if kernels else "all rows: kernels are off",
+        prefix_layers=0,
+        stopped=None,
+        config={**vars(TrainConfig(steps=STEPS, learning_rate=3e-4)), "kernels": kernels},
+        versions={"python": "3.11.7", "torch": "2.13.0"},
+    )
+    return ArmResult(name, plan, kernels, training, 28.61, 28.93)
+
+
+@pytest.fixture
+def result(scores: Scores) -> RaceResult:
+    everywhere = Plan(
+        {name: ModulePlan(16, 32) for name in scores.modules},
+        LAYERS,
+        "model.layers",
+        meta={"ranks": "uniform"},
+    )
+    planned = make_plan(scores, layers=50, ranks="by-type", attention_rank=4, mlp_rank=11)
+    arms = (
+        arm("PEFT, uniform r=16", everywhere, kernels=False, step_seconds=4.0, final=1.4321),
+        arm("uniform r=16, our kernels", everywhere, kernels=True, step_seconds=3.2, final=1.4333),
+        arm("Aletheia <plan> & kernels", planned, kernels=True, step_seconds=2.5, final=1.4555),
+    )
+    meta = {
+        "model": "m",
+        "train": "train.jsonl",
+        "eval": "eval.jsonl",
+        "slice_steps": 4,
+        "other_text": "Shakespeare",
+        "allocator": {"MALLOC_TOP_PAD_": "1"},
+    }
+    return RaceResult(arms, meta)
+
+
+class Page(HTMLParser):
+    """Text, attributes and the nesting of a page; fails on tags that do not match."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.cells: list[str] = []
+        self.styles: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.styles.append(data)
+            return
+        self.text.append(data)
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+
+def write(tmp_path, result: RaceResult, scores: Scores, **kwargs) -> str:
+    path = tmp_path / "report.html"
+    options = {"title": "T", "question": "Q & A?", "commands": ["make run", "aletheia plan --layers 50%"]}
+    write_report(path, result, scores, **{**options, **kwargs})
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def html(tmp_path, result, scores) -> str:
+    return write(tmp_path, result, scores, facts=machine_facts())
+
+
+@pytest.fixture
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_nothing_is_fetched_and_nothing_runs(page):
+    fetched = {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base"}
+        assert not fetched & set(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+        if "href" in attributes:
+            assert attributes["href"].startswith("#")
+        for value in attributes.values():
+            for target in re.findall(r"url\(([^)]*)\)", value or ""):
+                assert target.startswith("#")
+    css = "".join(page.styles)
+    assert css
+    assert "@import" not in css
+    assert "url(" not in css
+
+
+def test_identifiers_are_unique_and_references_meet_one(page):
+    identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    references = {attributes["href"][1:] for _, attributes in page.elements if "href" in attributes}
+    for _, attributes in page.elements:
+        for value in attributes.values():
+            references.update(re.findall(r"url\(#([^)]*)\)", value or ""))
+    assert references
+    assert references <= set(identifiers)
+
+
+def test_every_figure_has_a_name_and_text_that_is_text(page):
+    labels = [attributes.get("aria-label") for tag, attributes in page.elements if tag == "svg"]
+    assert len(labels) == 4
+    assert len(set(labels)) == 4
+    assert all(label and len(label) > 40 for label in labels)
+    assert all(attributes.get("role") == "img" for tag, attributes in page.elements if tag == "svg")
+    assert sum(tag == "figcaption" for tag, _ in page.elements) == 4
+    assert {"down_proj", "q_proj", "11", "step"} <= {text.strip() for text in page.text}
+
+
+def test_colours_are_the_pages_own(html):
+    svgs = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    used = set(re.findall(r"var\((--[\w-]+)\)", "".join(svgs)))
+    light, dark = re.search(r":root \{(.*?)\}.*?dark\) \{\s*:root \{(.*?)\}", html, flags=re.DOTALL).groups()
+    assert {"--ink", "--chosen", "--rest", "--cell", "--arm-2"} <= used
+    for variable in set(figures.CSS_VARIABLES.values()):
+        assert f"{variable}:" in light
+        assert f"{variable}:" in dark
+    painted = re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(svgs))
+    assert set(painted) <= {f"var({variable})" for variable in used} | {"none"}
+
+
+def test_the_table_is_the_races(page, result):
+    table = result.cells()
+    for cell in (*table.header, *(cell for row in table.rows for cell in row)):
+        assert cell in page.cells
+    labels = {attributes.get("data-label") for tag, attributes in page.elements if tag == "td"}
+    assert set(table.header[1:]) <= labels
+
+
+def test_names_are_escaped(html, page):
+    assert "Aletheia <plan>" not in html
+    assert "Aletheia <plan> & kernels" in page.cells
+
+
+def test_the_verdict_has_the_figures_and_the_limits(page):
+    text = " ".join(" ".join(page.text).split())
+    assert "1.60 times the speed" in text  # 4.0 s against 2.5 s a step
+    assert "1.25 times the speed" in text  # 4.0 s against 3.2 s
+    assert "28 s in all, its probe of 8 s included" in text  # 8 steps of 2.5 s, and 7.5 s
+    assert "32 s in all" in text
+    assert all(loss in text for loss in ("1.4321", "1.4333", "1.4555"))
+    assert "One seed, 8 steps of 4 examples, one learning rate (0.0003) for every arm" in text
+
+
+def test_the_probe_is_charged_to_the_planned_arm_alone(page):
+    label = next(
+        a["aria-label"] for tag, a in page.elements if tag == "svg" and "wall-clock" in a["aria-label"]
+    )
+    assert (
+        "PEFT, uniform r=16: 32 s; uniform r=16, our kernels: 26 s; Aletheia <plan> & kernels: 28 s" in label
+    )
+
+
+def test_the_chosen_layers_and_ranks_are_told(page, scores):
+    labels = " ".join(attributes["aria-label"] for tag, attributes in page.elements if tag == "svg")
+    chosen = sorted(sorted(range(LAYERS), key=lambda layer: -scores.layers[layer])[: LAYERS // 2])
+    assert f"Chosen layers: {', '.join(map(str, chosen))}." in labels
+    assert "6 of rank 4, 3 of rank 11" in labels
+    assert "".join(page.text).count("★") == len(chosen) + 1  # and once in the caption
+
+
+def test_a_race_whose_losses_disagree_gives_no_speed(tmp_path, result, scores):
+    last = result.arms[-1]
+    other = replace(
+        last, training=replace(last.training, evals=(EvalRecord(0, 0.0, 5.0), *last.training.evals[1:]))
+    )
+    html = write(tmp_path, replace(result, arms=(*result.arms[:-1], other)), scores)
+    assert "No speed is read off this race" in html
+    assert "times the speed" not in html
+
+
+def test_the_commands_and_the_machine_stand_there(html, page):
+    assert "make run\naletheia plan --layers 50%" in "".join(page.text)
+    for name, value in machine_facts():
+        assert name in page.cells
+        assert value in page.cells
+    assert "torch 2.13.0" in html
+    assert any(
+        "PEFT's own forward; head and loss over all rows: kernels are off" in cell for cell in page.cells
+    )
+
+
+def test_modules_of_one_last_name_are_told_apart(tmp_path, result):
+    modules = {
+        f"transformer.h.{layer}.{name}": ModuleScore(layer, 1.0 + layer, 32, 32, "mlp")
+        for layer in range(2)
+        for name in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")
+    }
+    scores = Scores(
+        "aletheia", (1.0, 2.0), modules, "transformer.h", {"seconds": 1.0, "batches": 1, "tokens": 8}
+    )
+    gpt2 = replace(result, arms=(result.arms[0], replace(result.arms[1], plan=make_plan(scores, layers=50))))
+    text = {part.strip() for part in Page(write(tmp_path, gpt2, scores)).text}
+    assert {"attn.c_proj", "mlp.c_proj", "c_fc"} <= text
+
+
+def test_scores_that_no_plan_was_made_from_are_refused(tmp_path, result, scores):
+    other = replace(scores, layers=tuple(score + 1 for score in scores.layers))
+    with pytest.raises(ValueError, match="no arm"):
+        write(tmp_path, result, other)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_page_stays_unless_told(tmp_path, result, scores):
+    before = write(tmp_path, result, scores)
+    with pytest.raises(UserError, match="exists"):
+        write(tmp_path, result, scores, title="other")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+    assert "<h1>other</h1>" in write(tmp_path, result, scores, title="other", overwrite=True)
+
+
+def test_more_curves_than_can_be_told_apart_are_refused():
+    curves = [figures.Curve(str(i), [0, 1], [1, 2]) for i in range(7)]
+    with pytest.raises(ValueError, match="7 curves"):
+        figures.loss_curves(curves, x_label="x", y_label="y", label="l")
