@@ -1,0 +1,79 @@
+"""Gradient-guided LoRA fine-tuning on transformers and PEFT.
+
+The names below are imported when first used. The two functions that bear their module's name are imported
+from it: `from aletheia_tune.probe import probe` and `from aletheia_tune.race import race`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from aletheia_tune.errors import NonFiniteLoss, UserError
+
+if TYPE_CHECKING:
+    from aletheia_tune.data import Collator, Fields, load_examples
+    from aletheia_tune.patch import PatchReport, apply_kernels, restore
+    from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
+    from aletheia_tune.prefix import PrefixCut, cut_prefix
+    from aletheia_tune.race import Arm, RaceResult
+    from aletheia_tune.scores import ModuleScore, Scores
+    from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+
+_MODULE_OF = {
+    "Collator": "data",
+    "Fields": "data",
+    "load_examples": "data",
+    "PatchReport": "patch",
+    "apply_kernels": "patch",
+    "restore": "patch",
+    "ModulePlan": "plan",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "uniform_plan": "plan",
+    "PrefixCut": "prefix",
+    "cut_prefix": "prefix",
+    "Arm": "race",
+    "RaceResult": "race",
+    "ModuleScore": "scores",
+    "Scores": "scores",
+    "TrainConfig": "train",
+    "TrainResult": "train",
+    "fine_tune": "train",
+    "load_model": "train",
+}
+
+__all__ = [
+    "Arm",
+    "Collator",
+    "Fields",
+    "ModulePlan",
+    "ModuleScore",
+    "NonFiniteLoss",
+    "PatchReport",
+    "Plan",
+    "PrefixCut",
+    "RaceResult",
+    "Scores",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "apply_kernels",
+    "cut_prefix",
+    "fine_tune",
+    "load_examples",
+    "load_model",
+    "make_plan",
+    "restore",
+    "uniform_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

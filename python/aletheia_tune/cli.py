@@ -1,0 +1,386 @@
+"""The command line: aletheia probe | plan | train | race | doctor."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from aletheia_tune.errors import UserError
+
+# What needs torch is imported inside the commands: --help should not wait for it.
+if TYPE_CHECKING:
+    from aletheia_tune.data import Fields
+
+
+class _Commands(TyperGroup):
+    """Turns a `UserError` into one line and exit code 2, and Ctrl-C into one line and exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(f"aletheia: error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            print(f"aletheia: {interrupt or 'interrupted; nothing was written'}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="aletheia",
+    help="Gradient-guided LoRA fine-tuning: probe, plan, train, and compare with uniform LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Ranks(StrEnum):
+    uniform = "uniform"
+    by_type = "by-type"
+    by_score = "by-score"
+
+
+class Schedule(StrEnum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+Model = Annotated[Path, typer.Option(help="Directory of the model and its tokenizer (safetensors).")]
+Train = Annotated[Path, typer.Option(help="Training examples, one JSON object a line.")]
+Eval = Annotated[Path, typer.Option("--eval", help="Held-out examples, one JSON object a line.")]
+PlanFile = Annotated[Path, typer.Option("--plan", help="Plan, as `aletheia plan` writes it.")]
+OutDir = Annotated[
+    Path, typer.Option(help="Directory to write; must not exist or be empty, unless --overwrite.")
+]
+OutFile = Annotated[Path, typer.Option(help="File to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
+PromptField = Annotated[str | None, typer.Option(help="Field of the prompt, not trained on.")]
+CompletionField = Annotated[str | None, typer.Option(help="Field of the completion, trained on.")]
+TextField = Annotated[str | None, typer.Option(help="Field of a plain text, trained on whole.")]
+MessagesField = Annotated[
+    str | None, typer.Option(help="Field of a chat; what the assistant says is trained on.")
+]
+MaxLength = Annotated[int, typer.Option(help="Longest example in tokens.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen weights; adapters are float32 in either.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps; excludes --epochs.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the examples (1 if neither is given).")]
+BatchSize = Annotated[int, typer.Option(help="Examples in one forward pass.")]
+Accumulation = Annotated[
+    int, typer.Option("--gradient-accumulation", help="Forward passes in one optimizer step.")
+]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+ScheduleOption = Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")]
+Warmup = Annotated[float, typer.Option(help="Warm-up: steps, or below 1 a share of all steps.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+]
+EvalEvery = Annotated[
+    int | None, typer.Option(help="Steps between evaluations; before and after only if not given.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+
+
+@app.command()
+def probe(
+    model: Model,
+    train: Train,
+    out: OutFile,
+    faithful: Annotated[
+        bool,
+        typer.Option("--faithful", help="The published sampling: batch 1, seed 42, loss on every token."),
+    ] = False,
+    sketch: Annotated[
+        bool, typer.Option("--sketch", help="Estimate the norms from random projections: cheaper, not exact.")
+    ] = False,
+    batches: Annotated[int, typer.Option(help="Batches to probe with.")] = 5,
+    batch_size: BatchSize = 4,
+    max_length: MaxLength = 1024,
+    dtype: DtypeOption = Dtype.bfloat16,
+    seed: Seed = 0,
+    prompt_field: PromptField = None,
+    completion_field: CompletionField = None,
+    text_field: TextField = None,
+    messages_field: MessagesField = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score every layer by the gradients of a few batches.
+
+    Example: [bold]aletheia probe --model ./my-model --train train.jsonl --out scores.json[/bold]
+    """
+    from aletheia_tune import files
+    from aletheia_tune.data import batches as collated_batches
+    from aletheia_tune.data import load_examples, pad_token_id
+    from aletheia_tune.probe import faithful_batches
+    from aletheia_tune.probe import probe as run_probe
+    from aletheia_tune.train import load_model
+
+    files.check_output(out, overwrite, directory=False)
+    fields = _fields(prompt_field, completion_field, text_field, messages_field)
+    loaded, tokenizer = load_model(model, dtype.value)
+    examples = load_examples(train, tokenizer, max_length=max_length, fields=fields)
+    if faithful:
+        chosen = faithful_batches(examples)
+    else:
+        chosen = collated_batches(examples, batch_size, pad_token_id(tokenizer), seed=seed, count=batches)
+    scores = run_probe(loaded, chosen, exact=not sketch, faithful=faithful, seed=seed)
+    files.write_text(out, scores.to_json(), overwrite)
+    print(
+        f"scores of {len(scores.layers)} layers: {out}; next: aletheia plan --scores {out} --out plan.json"
+    )
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Option(help="Scores, as `aletheia probe` writes them.")],
+    out: OutFile,
+    layers: Annotated[
+        str, typer.Option(help="Share of the layers to adapt, those of highest score.")
+    ] = "50%",
+    ranks: Annotated[
+        Ranks,
+        typer.Option(
+            help="uniform: --rank; by-type: --attention-rank and --mlp-rank; by-score: within --budget."
+        ),
+    ] = Ranks.uniform,
+    rank: Annotated[int, typer.Option(help="Rank of every module (uniform).")] = 16,
+    attention_rank: Annotated[int, typer.Option(help="Rank of attention modules (by-type).")] = 16,
+    mlp_rank: Annotated[int, typer.Option(help="Rank of MLP modules (by-type).")] = 64,
+    budget: Annotated[int | None, typer.Option(help="Trainable parameters at most (by-score).")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="LoRA alpha of every module; twice its rank if not given.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="Module to adapt, as q_proj; may be repeated. All linears if not given."),
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose the layers and the ranks of their adapters from the scores.
+
+    Example: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
+    """
+    from aletheia_tune import files
+    from aletheia_tune.plan import make_plan
+    from aletheia_tune.scores import Scores
+
+    files.check_output(out, overwrite, directory=False)
+    made = make_plan(
+        Scores.from_json(_read(scores, "scores")),
+        layers=_percent(layers),
+        ranks=ranks.value,
+        rank=rank,
+        attention_rank=attention_rank,
+        mlp_rank=mlp_rank,
+        budget=budget,
+        alpha=alpha,
+        targets=targets,
+        dropout=dropout,
+    )
+    files.write_text(out, made.to_json(), overwrite)
+    chosen = ", ".join(str(layer) for layer in made.layers)
+    print(f"{len(made.layers)} of {made.num_layers} layers ({chosen}), {len(made.modules)} modules: {out}")
+
+
+@app.command()
+def train(
+    model: Model,
+    train: Train,
+    eval_file: Eval,
+    plan_file: PlanFile,
+    out: OutDir,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = 4,
+    gradient_accumulation: Accumulation = 1,
+    learning_rate: LearningRate = 2e-4,
+    schedule: ScheduleOption = Schedule.linear,
+    warmup: Warmup = 0.03,
+    max_length: MaxLength = 1024,
+    dtype: DtypeOption = Dtype.bfloat16,
+    seed: Seed = 0,
+    kernels: Annotated[
+        bool, typer.Option("--kernels/--no-kernels", help="This package's operators, or PEFT's own forward.")
+    ] = True,
+    gradient_checkpointing: Checkpointing = False,
+    eval_every: EvalEvery = None,
+    eval_batch_size: BatchSize = 4,
+    threads: Threads = None,
+    prompt_field: PromptField = None,
+    completion_field: CompletionField = None,
+    text_field: TextField = None,
+    messages_field: MessagesField = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the adapters of a plan; the output is a PEFT adapter with plan.json and metrics.json beside it.
+
+    Example: [bold]aletheia train --model ./my-model --train train.jsonl --eval eval.jsonl --plan plan.json
+    --out my-adapter --steps 200[/bold]
+    """
+    from aletheia_tune import files
+    from aletheia_tune.data import load_examples
+    from aletheia_tune.plan import Plan
+    from aletheia_tune.train import TrainConfig, fine_tune, load_model
+
+    files.check_output(out, overwrite)
+    config = TrainConfig(
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        schedule=schedule.value,
+        warmup=warmup,
+        seed=seed,
+        dtype=dtype.value,
+        max_length=max_length,
+        kernels=kernels,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_every=eval_every,
+        eval_batch_size=eval_batch_size,
+        threads=threads,
+    )
+    fields = _fields(prompt_field, completion_field, text_field, messages_field)
+    chosen = Plan.from_json(_read(plan_file, "plan"))
+    loaded, tokenizer = load_model(model, config.dtype)
+    examples = load_examples(train, tokenizer, max_length=max_length, fields=fields)
+    held_out = load_examples(eval_file, tokenizer, max_length=max_length, fields=fields, name="eval")
+    result = fine_tune(loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite)
+    print(
+        f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss_after:.4f}, "
+        f"{result.step_seconds:.3g} s a step, {result.tokens_per_second:,.0f} tokens/s, "
+        f"{result.trainable_parameters:,} trainable parameters: {out}"
+    )
+
+
+@app.command()
+def race(
+    model: Model,
+    train: Train,
+    eval_file: Eval,
+    plan_file: PlanFile,
+    out: OutDir,
+    rank: Annotated[int, typer.Option(help="Rank of the uniform arm.")] = 16,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = 4,
+    learning_rate: LearningRate = 2e-4,
+    max_length: MaxLength = 1024,
+    dtype: DtypeOption = Dtype.bfloat16,
+    seed: Seed = 0,
+    eval_every: EvalEvery = None,
+    threads: Threads = None,
+    slice_steps: Annotated[int, typer.Option("--slice", help="Steps in a turn.")] = 5,
+    other_text: Annotated[
+        Path | None, typer.Option(help="Text file of another kind, whose perplexity tells of forgetting.")
+    ] = None,
+    prompt_field: PromptField = None,
+    completion_field: CompletionField = None,
+    text_field: TextField = None,
+    messages_field: MessagesField = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare a plan on this package's operators with uniform LoRA in plain PEFT, in turns on this machine.
+
+    Example: [bold]aletheia race --model ./my-model --train train.jsonl --eval eval.jsonl --plan plan.json
+    --out my-race --steps 100[/bold]
+    """
+    from rich.console import Console
+
+    from aletheia_tune import files
+    from aletheia_tune.plan import Plan, uniform_plan
+    from aletheia_tune.race import Arm
+    from aletheia_tune.race import race as run_race
+    from aletheia_tune.train import TrainConfig, load_model
+
+    files.check_output(out, overwrite)
+    config = TrainConfig(
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        dtype=dtype.value,
+        max_length=max_length,
+        eval_every=eval_every,
+        threads=threads,
+    )
+    chosen = Plan.from_json(_read(plan_file, "plan"))
+    text = None if other_text is None else _read(other_text, "text")
+    uniform = uniform_plan(load_model(model, config.dtype)[0], rank=rank, alpha=2 * rank)
+    result = run_race(
+        [Arm("uniform-peft", uniform, kernels=False), Arm("plan-kernels", chosen, kernels=True)],
+        model,
+        train,
+        eval_file,
+        config,
+        out,
+        fields=_fields(prompt_field, completion_field, text_field, messages_field),
+        extra_text=text,
+        slice_steps=slice_steps,
+        overwrite=overwrite,
+    )
+    Console().print(result.table())
+    print(f"adapters, metrics and race.json are in {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, processor features and the backend of each operator, and test each operator here.
+
+    Exit code 1 if an operator is wrong on this machine.
+
+    Example: [bold]aletheia doctor[/bold]
+    """
+    from rich.console import Console
+
+    from aletheia_tune.doctor import examine
+
+    healthy = examine(Console())
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _fields(
+    prompt: str | None, completion: str | None, text: str | None, messages: str | None
+) -> Fields | None:
+    from aletheia_tune.data import Fields
+
+    if prompt is completion is text is messages is None:
+        return None
+    return Fields(prompt=prompt, completion=completion, text=text, messages=messages)
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.strip().removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--layers {text} is not a share of the layers: give one like 50%") from None
+
+
+def _read(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"cannot read the {what} file {path}: {reason}") from None
+
+
+def main() -> None:
+    """Entry point of the `aletheia` command."""
+    app()

@@ -1,0 +1,43 @@
+"""What `aletheia doctor` prints: versions, processor features, each operator's backend and self-test."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from aletheia_kernels import backends, cpu, selftest
+from aletheia_tune.environment import versions
+
+
+def examine(console: Console) -> bool:
+    """Print the state of this installation on this machine; whether every operator passed its self-test."""
+    console.print(_pairs("installed", versions()))
+    console.print(
+        _pairs("processor", {name: "yes" if there else "no" for name, there in cpu.features().items()})
+    )
+    try:
+        choices = backends.explain()
+        results = {result.operator: result for result in selftest.run()}
+    except backends.BackendError as error:
+        console.print(f"[red]no operator can run:[/red] {error}", highlight=False)
+        return False
+    table = Table(title="operators", title_justify="left")
+    for head in ("operator", "backend", "why", "self-test", "error (allowed)", "seconds"):
+        table.add_column(head, no_wrap=head == "operator")
+    for operator, choice in choices.items():
+        result = results.get(operator)
+        if result is None:
+            table.add_row(operator, choice.backend, choice.reason, "none", "", "")
+            continue
+        verdict = "[green]ok[/green]" if result.ok else "[red]wrong[/red]"
+        errors = f"{result.error:.1e} ({result.allowed:.0e})"
+        table.add_row(operator, choice.backend, choice.reason, verdict, errors, f"{result.seconds:.2f}")
+    console.print(table)
+    return all(result.ok for result in results.values())
+
+
+def _pairs(title: str, values: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,670 @@
+"""Fine-tuning of a plan's adapters on `transformers.Trainer`: glue, measurements and a safe ending."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from aletheia_tune import files
+from aletheia_tune.data import Collator, Example, pad_token_id
+from aletheia_tune.environment import peak_memory_mb, versions
+from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.head import LabelledHead, labelled_head
+from aletheia_tune.patch import PatchReport, apply_kernels, restore
+from aletheia_tune.prefix import cut_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from aletheia_tune.plan import Plan
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SCHEDULES = ("linear", "cosine", "constant")
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train, whatever the plan.
+
+    Attributes:
+        steps: optimizer steps; excludes `epochs`.
+        epochs: passes over the training examples; 1 when neither is given.
+        batch_size: examples in one forward pass.
+        gradient_accumulation: forward passes in one optimizer step.
+        learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
+        schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
+        warmup: steps of linear warm-up; below 1, the share of all steps.
+        seed: of the adapters' initial weights, the dropout and the order of the examples.
+        dtype: of the frozen weights, "bfloat16" or "float32"; adapters are fp32 in either.
+        max_length: longest example in tokens.
+        kernels: run the LoRA linears on this package's operators and the output embedding on labelled rows
+            only; otherwise PEFT's and transformers' own forwards.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        eval_every: optimizer steps between evaluations; None evaluates before and after only.
+        eval_batch_size: examples in one forward pass of an evaluation.
+        threads: CPU threads; None leaves torch's own choice.
+        progress: show progress on stderr.
+
+    Raises:
+        UserError: a value that cannot be meant.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    warmup: float = 0.03
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_length: int = 1024
+    kernels: bool = True
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    eval_batch_size: int = 4
+    threads: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("steps and epochs exclude each other: give one of them")
+        for name in ("steps", "epochs", "eval_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}: it must be more than 0")
+        for name in ("batch_size", "gradient_accumulation", "eval_batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
+        if not (self.warmup >= 0 and math.isfinite(self.warmup)):
+            raise UserError(
+                f"warmup is {self.warmup}: give a share of the steps below 1, or a number of steps"
+            )
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Attributes:
+        step: counted from 1.
+        seconds: training time from the start to the end of this step, evaluation left out.
+        step_seconds: time of this step alone.
+        loss: mean over the step's labelled tokens, before its update.
+        learning_rate: at which the update was made.
+        grad_norm: L2 norm of all adapter gradients before clipping.
+        tokens: tokens in the step's batches, padding left out.
+    """
+
+    step: int
+    seconds: float
+    step_seconds: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """Held-out loss per labelled token after `step` updates and `seconds` of training."""
+
+    step: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `fine_tune` did and measured.
+
+    Attributes:
+        history: every optimizer step.
+        evals: every evaluation, the first before training (step 0).
+        trainable_parameters: number of adapter weights.
+        peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated
+            memory.
+        patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without
+            kernels.
+        head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
+        prefix_layers: layers that ran without an autograd graph.
+        stopped: why training ended early; None when it ran to its end.
+        config: the `TrainConfig` as a dictionary.
+        versions: of Python and the packages.
+        model: the trained PEFT model, its forwards PEFT's own again; None when read from JSON.
+    """
+
+    history: tuple[StepRecord, ...]
+    evals: tuple[EvalRecord, ...]
+    trainable_parameters: int
+    peak_memory_mb: float
+    patch_report: dict[str, Any] | None
+    head: str
+    prefix_layers: int
+    stopped: str | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+    model: PeftModel | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def eval_loss_before(self) -> float | None:
+        """Held-out loss per labelled token of the model before the first update."""
+        return self.evals[0].loss if self.evals else None
+
+    @property
+    def eval_loss_after(self) -> float | None:
+        """Held-out loss per labelled token after the last step; None if training stopped early."""
+        if self.stopped or not self.evals or not self.history or self.evals[-1].step != self.history[-1].step:
+            return None
+        return self.evals[-1].loss
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median time of a step in seconds, evaluation left out."""
+        return statistics.median(record.step_seconds for record in self.history) if self.history else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens trained on, padding left out, by second of training time."""
+        if not self.history:
+            return None
+        return sum(record.tokens for record in self.history) / self.history[-1].seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model, in JSON's types; derived figures are in it for readers of the file."""
+        return {
+            "format": "aletheia-metrics",
+            "version": 1,
+            "stopped": self.stopped,
+            "eval_loss_before": self.eval_loss_before,
+            "eval_loss_after": self.eval_loss_after,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "trainable_parameters": self.trainable_parameters,
+            "prefix_layers": self.prefix_layers,
+            "head": self.head,
+            "peak_memory_mb": self.peak_memory_mb,
+            "config": self.config,
+            "versions": self.versions,
+            "patch_report": self.patch_report,
+            "evals": [dataclasses.asdict(record) for record in self.evals],
+            "history": [dataclasses.asdict(record) for record in self.history],
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> TrainResult:
+        """The result that `to_dict` described, without its model.
+
+        Raises:
+            UserError: not such a dictionary.
+        """
+        try:
+            if (values["format"], values["version"]) != ("aletheia-metrics", 1):
+                raise UserError("these are not aletheia metrics of version 1")
+            return TrainResult(
+                history=tuple(StepRecord(**record) for record in values["history"]),
+                evals=tuple(EvalRecord(**record) for record in values["evals"]),
+                trainable_parameters=values["trainable_parameters"],
+                peak_memory_mb=values["peak_memory_mb"],
+                patch_report=values["patch_report"],
+                head=values["head"],
+                prefix_layers=values["prefix_layers"],
+                stopped=values["stopped"],
+                config=values["config"],
+                versions=values["versions"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"these are not aletheia metrics of version 1: {error}") from error
+
+
+def load_model(
+    model_dir: str | os.PathLike[str], dtype: str = "bfloat16"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
+
+    Weights are read from safetensors only, and no code that comes with the model is run.
+
+    Raises:
+        UserError: nothing there, not a causal language model, no tokenizer, or an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    path = Path(model_dir)
+    local = path.exists()
+    if local and not path.is_dir():
+        raise UserError(f"model {model_dir} is a file: give the directory that holds config.json")
+    if local and not (path / "config.json").is_file():
+        raise UserError(
+            f"model directory {model_dir} has no config.json: give one written by save_pretrained"
+        )
+    if not local and (
+        path.is_absolute() or str(model_dir).startswith((".", "~")) or str(model_dir).count("/") != 1
+    ):
+        raise UserError(f"model directory {model_dir} does not exist")
+    source = str(path) if local else str(model_dir)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], local_files_only=local, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
+        ) from error
+    return model, tokenizer
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int
+) -> float:
+    """Mean cross entropy, in nats per labelled token over all examples (not a mean of batch means).
+
+    The model runs in eval mode and is left in the mode it was in. Examples of like length share a batch.
+    """
+    device = next(model.parameters()).device
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
+    total, tokens = 0.0, 0
+    with _eval_mode(model):
+        for start in range(0, len(ordered), batch_size):
+            batch = {
+                name: tensor.to(device)
+                for name, tensor in collator(ordered[start : start + batch_size]).items()
+            }
+            labels = batch.pop("labels")[:, 1:]
+            labelled = labels != -100
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            # Only the labelled rows go to fp32: all of them would be the largest tensor of the run.
+            total += F.cross_entropy(logits[labelled].float(), labels[labelled], reduction="sum").item()
+            tokens += int(labelled.sum())
+    if tokens == 0:
+        raise UserError("the held-out examples have no labelled token after the first")
+    return total / tokens
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_examples: Sequence[Example],
+    eval_examples: Sequence[Example] | None,
+    plan: Plan,
+    config: TrainConfig,
+    out_dir: str | os.PathLike[str],
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train the plan's LoRA adapters on `transformers.Trainer` and save them as PEFT would.
+
+    `out_dir` appears once all is in it: the adapter (`adapter_config.json`, `adapter_model.safetensors`),
+    `plan.json` and `metrics.json` (`TrainResult.to_dict`). The model is wrapped in place; `TrainResult.model`
+    is the wrapper.
+
+    If the loss or the norm of the gradients stops being finite, the adapter goes back to the last weights
+    whose loss was finite, those are saved with the reason under "stopped", and the error is raised. Ctrl-C
+    saves what there is likewise. If no loss was ever finite there is nothing worth keeping, and nothing is
+    written.
+
+    Args:
+        model: the pretrained model, without adapters; moved to the accelerator if there is one.
+        tokenizer: for its padding id.
+        train_examples: `input_ids` and `labels` (-100 where not trained on), as `data.load_examples` gives
+            them.
+        eval_examples: held-out examples, evaluated before and after training and every `eval_every` steps; or
+            None.
+        plan: which modules, of which rank.
+        config: everything else.
+        out_dir: must not exist or be empty, unless `overwrite`.
+        callbacks: of the Trainer's kind, called before this function's own.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        UserError: the output directory is taken, a plan that does not fit the model, no examples.
+        NonFiniteLoss: as said; its `step` counts from 1, and is 0 for the evaluation before training.
+        KeyboardInterrupt: with one line on what was kept as its message.
+    """
+    if not train_examples:
+        raise UserError("there are no training examples")
+    with files.output_directory(out_dir, overwrite) as directory, _threads(config.threads):
+        transformers.set_seed(config.seed)
+        peft_model = get_peft_model(model, plan.to_lora_config(model))
+        run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config)
+        progress = _ShowProgress(run, Console(stderr=True, quiet=not config.progress))
+        trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
+        report: PatchReport | None = None
+        head = LabelledHead(False, "kernels are off")
+        cut = cut_prefix(peft_model)
+        with contextlib.ExitStack() as undo:
+            undo.callback(cut.remove)
+            undo.callback(progress.close)
+            if config.kernels:
+                report = _apply_kernels(run, train_examples)
+                undo.callback(restore, peft_model)
+                head = undo.enter_context(labelled_head(peft_model))
+            stop = run.to_the_end(trainer, out_dir)
+        if not run.worth_keeping:
+            assert stop is not None
+            raise stop
+        result = TrainResult(
+            history=tuple(run.history),
+            evals=tuple(run.evals),
+            trainable_parameters=sum(parameter.numel() for parameter in run.adapters),
+            peak_memory_mb=_peak_memory_mb(peft_model),
+            patch_report=None if report is None else _report_dict(report),
+            head="labelled rows" if head.active else f"all rows: {head.reason}",
+            prefix_layers=cut.lowest_layer or 0,
+            stopped=None if stop is None else str(stop),
+            config=dataclasses.asdict(config),
+            versions=versions(),
+            model=peft_model,
+        )
+        # The embeddings are frozen: without the flag PEFT may ask the hub whether they were resized.
+        peft_model.save_pretrained(str(directory), save_embedding_layers=False)
+        files.write_text(directory / "plan.json", plan.to_json())
+        files.write_text(
+            directory / "metrics.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
+        )
+    if stop is not None:
+        raise stop
+    return result
+
+
+class _NonFinite(Exception):
+    """A loss or gradient norm is not finite; `weights_good` if the present weights gave a finite loss."""
+
+    def __init__(self, what: str, value: float, step: int, *, weights_good: bool) -> None:
+        super().__init__(f"the {what} became {value} at step {step}")
+        self.step = step
+        self.weights_good = weights_good
+
+
+class _Run(TrainerCallback):
+    """The state of one training run: what was measured, and the last good adapter weights."""
+
+    def __init__(
+        self, model: PeftModel, collator: Collator, eval_examples: Sequence[Example], config: TrainConfig
+    ) -> None:
+        self.model = model
+        self.collator = collator
+        self.eval_examples = eval_examples
+        self.config = config
+        self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.history: list[StepRecord] = []
+        self.evals: list[EvalRecord] = []
+        self.seconds = 0.0
+        self.step_tokens = 0
+        self.worth_keeping = False
+        self._before_update: list[Tensor] | None = None
+        self._updating = False
+        self._step_started = 0.0
+        self._step_seconds = 0.0
+
+    def evaluate(self) -> None:
+        loss = held_out_loss(self.model, self.eval_examples, self.collator, self.config.eval_batch_size)
+        if not math.isfinite(loss):
+            raise _NonFinite("held-out loss", loss, len(self.history), weights_good=False)
+        self.worth_keeping = True
+        self.evals.append(EvalRecord(len(self.history), self.seconds, loss))
+
+    def to_the_end(self, trainer: Trainer, out_dir: str | os.PathLike[str]) -> BaseException | None:
+        """Evaluate, train, evaluate; if it ended early, what to raise once the good weights are saved."""
+        try:
+            if self.eval_examples:
+                self.evaluate()
+            trainer.train()
+            if self.eval_examples and self.evals[-1].step != len(self.history):
+                self.evaluate()
+        except _NonFinite as error:
+            return self._stopped_by(error, out_dir)
+        except KeyboardInterrupt:
+            return self._interrupted(out_dir)
+        return None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.perf_counter()
+        self.step_tokens = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # These weights gave a finite loss and finite gradients; of those that the update makes nothing is
+        # known yet.
+        weights = [parameter.detach() for parameter in self.adapters]
+        if self._before_update is None:
+            self._before_update = [weight.clone() for weight in weights]
+        else:
+            torch._foreach_copy_(self._before_update, weights)
+        self.worth_keeping = True
+        self._updating = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._updating = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_seconds = time.perf_counter() - self._step_started
+        self.seconds += self._step_seconds
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if not logs or "grad_norm" not in logs:  # the summary at the end of training
+            return
+        self.history.append(
+            StepRecord(
+                step=state.global_step,
+                seconds=self.seconds,
+                step_seconds=self._step_seconds,
+                loss=float(logs["loss"]),
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=float(logs["grad_norm"]),
+                tokens=self.step_tokens,
+            )
+        )
+        every = self.config.eval_every
+        if every and self.eval_examples and state.global_step % every == 0:
+            self.evaluate()
+
+    def _stopped_by(self, error: _NonFinite, out_dir: str | os.PathLike[str]) -> NonFiniteLoss:
+        """Go back to the last good weights, and the error to raise once they are saved."""
+        updates = len(self.history)
+        if not error.weights_good and updates:
+            self._go_back()
+            updates -= 1
+        if not self.worth_keeping:
+            return NonFiniteLoss(
+                f"{error}, before any update, and nothing was written: "
+                "check the model's weights and the data",
+                step=error.step,
+            )
+        return NonFiniteLoss(
+            f"{error}; the adapter after {updates} good updates is in {out_dir}: "
+            "lower the learning rate, or train in float32",
+            step=error.step,
+        )
+
+    def _interrupted(self, out_dir: str | os.PathLike[str]) -> KeyboardInterrupt:
+        """Undo an update that was cut short, and the interrupt to raise once the weights are saved."""
+        if self._updating:
+            self._go_back()
+        if not self.history:
+            self.worth_keeping = False
+            return KeyboardInterrupt("interrupted before the first step was done; nothing was written")
+        return KeyboardInterrupt(
+            f"interrupted after step {len(self.history)}; the adapter so far is in {out_dir}"
+        )
+
+    def _go_back(self) -> None:
+        assert self._before_update is not None
+        with torch.no_grad():
+            torch._foreach_copy_(self.adapters, self._before_update)
+
+
+class _Trainer(Trainer):
+    """The library's trainer, told to stop at the first loss or gradient norm that is not finite."""
+
+    run: _Run
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        self.run.step_tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            raise _NonFinite("loss", loss.item(), len(self.run.history) + 1, weights_good=False)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            raise _NonFinite("gradient norm", float(norm), len(self.run.history) + 1, weights_good=True)
+        return norm
+
+
+class _ShowProgress(TrainerCallback):
+    """Step, loss, tokens/s and time left: a live line on a terminal, about ten plain lines elsewhere."""
+
+    def __init__(self, run: _Run, console: Console) -> None:
+        self.run = run
+        self.console = console
+        self.bar: Progress | None = None
+        self.seen = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("", total=state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        history = self.run.history
+        if len(history) == self.seen:
+            return
+        self.seen = len(history)
+        last = history[-1]
+        rate = sum(record.tokens for record in history) / last.seconds
+        text = f"loss {last.loss:.4f}  {rate:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=last.step, description=text)
+        elif last.step in (1, state.max_steps) or last.step % max(1, state.max_steps // 10) == 0:
+            left = last.seconds / last.step * (state.max_steps - last.step)
+            self.console.print(
+                f"step {last.step}/{state.max_steps}  {text}  {left:,.0f} s left", highlight=False
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _trainer(
+    run: _Run, train_examples: Sequence[Example], directory: Path, callbacks: list[TrainerCallback]
+) -> _Trainer:
+    config = run.config
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=config.steps if config.steps is not None else -1,
+        num_train_epochs=config.epochs if config.epochs is not None else 1.0,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        warmup_steps=config.warmup,
+        max_grad_norm=MAX_GRAD_NORM,
+        seed=config.seed,
+        # A seed of its own for the order, so that it does not depend on what was drawn for the adapters'
+        # weights.
+        data_seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = _Trainer(
+        model=run.model,
+        args=arguments,
+        train_dataset=train_examples,  # type: ignore[arg-type]  # a sequence serves as a map-style dataset
+        data_collator=run.collator,
+        callbacks=callbacks,
+    )
+    trainer.run = run
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _apply_kernels(run: _Run, train_examples: Sequence[Example]) -> PatchReport:
+    batch = run.collator(list(train_examples[:1]))
+    batch.pop("labels")
+    device = next(run.model.parameters()).device
+    return apply_kernels(
+        run.model, example_inputs={name: tensor.to(device) for name, tensor in batch.items()}
+    )
+
+
+def _report_dict(report: PatchReport) -> dict[str, Any]:
+    return {"summary": str(report), "modules": [dataclasses.asdict(entry) for entry in report.entries]}
+
+
+def _peak_memory_mb(model: nn.Module) -> float:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1024**2
+    return peak_memory_mb()
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
