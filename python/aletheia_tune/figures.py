@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ _DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
 )
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "svg.fonttype": "none",
