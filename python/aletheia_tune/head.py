@@ -1,0 +1,207 @@
+"""The language-model head over the labelled rows only, without touching a model's source.
+
+A causal language model usually makes logits [tokens, vocabulary] for every token, although only labelled tokens enter
+the loss. Inside :func:`labelled_head` the model's output embedding hands its hidden states on as they are, and the
+model's loss picks the rows that have a label and runs :func:`aletheia_kernels.linear_cross_entropy` on them, which never
+holds more than a block of logits. Whatever else the model adds to its loss (a router's auxiliary loss) it still adds.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aletheia_kernels import linear_cross_entropy
+from aletheia_tune.layers import bare_model
+
+_CALIBRATION_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LabelledHead:
+    """Whether the labelled-rows head is in place, and if not, why the model runs as it is."""
+
+    active: bool
+    reason: str | None = None
+
+
+class _Head:
+    """The state between the head, which hands hidden states out, and the loss, which must get those very states back."""
+
+    def __init__(self, head: nn.Linear, original_head: Callable[..., Tensor], original_loss: Callable[..., Tensor]):
+        self.head = head
+        self.original_head = original_head
+        self.original_loss = original_loss
+        self.labels_given = False
+        self.handed_out: Tensor | None = None
+        self.version = 0
+        self.losses_computed = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.labels_given:
+            return self.original_head(hidden)
+        self.handed_out, self.version = hidden, hidden._version
+        return hidden
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *args: Any,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """transformers' causal loss (the next token's cross entropy, mean or sum / num_items) from hidden states."""
+        if self.handed_out is None:
+            return self.original_loss(
+                logits,
+                labels,
+                *args,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        hidden, self.handed_out = self.handed_out, None
+        if logits is not hidden or hidden._version != self.version:
+            raise _TouchedLogits
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(hidden.device)
+        rows = (targets != ignore_index).nonzero().squeeze(1)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if targets.numel() != flat.shape[0]:
+            raise ValueError(f"labels: expected one a row of hidden states ({flat.shape[0]}), got {targets.numel()}")
+        if rows.numel() < flat.shape[0]:
+            flat, targets = flat[rows], targets[rows]
+        total = linear_cross_entropy(flat, self.head.weight, targets, bias=self.head.bias)
+        self.losses_computed += 1
+        count = rows.numel() if num_items_in_batch is None else num_items_in_batch
+        if isinstance(count, Tensor):
+            return total / count.to(total.device)
+        return total / count if count else total * math.nan
+
+
+class _TouchedLogits(Exception):
+    """The model does something to the logits between head and loss."""
+
+
+@contextmanager
+def _instance_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute on the instance and takes it off again, so that its class shows through where it did before."""
+    missing = object()
+    before = owner.__dict__.get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def _in_place(model: nn.Module, head: nn.Linear) -> Iterator[_Head]:
+    state = _Head(head, head.forward, model.loss_function)
+    original_forward = model.forward
+    signature = inspect.signature(original_forward)
+
+    @functools.wraps(original_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if args and labels is None:
+            labels = signature.bind_partial(*args, **kwargs).arguments.get("labels")
+        state.labels_given, state.handed_out = labels is not None, None
+        try:
+            return original_forward(*args, **kwargs)
+        finally:
+            state.labels_given, state.handed_out = False, None
+
+    with (
+        _instance_attribute(model, "forward", forward),
+        _instance_attribute(head, "forward", state.forward),
+        # `loss_function` is a property of transformers' models that keeps what is set in `_loss_function`.
+        _instance_attribute(model, "_loss_function", state.loss),
+    ):
+        yield state
+
+
+def _calibration_batch(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    ids = torch.arange(_CALIBRATION_TOKENS, device=device)[None] % vocabulary
+    labels = ids.clone()
+    labels[0, ::3] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Why this model's loss cannot be had from the labelled rows alone; None when it can.
+
+    Found by trying: a few tokens through the model as it is and with the head in place, under equal random numbers.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        return "it has no linear output embedding"
+    if not hasattr(type(model), "loss_function"):
+        return "its loss function cannot be set"
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or hasattr(head, "base_layer"):
+        return "its head is hooked or adapted"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return "its head is being trained"
+    batch = _calibration_batch(model, head.out_features)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+            expected = float(model(**batch).loss)
+            torch.set_rng_state(state[0])
+            for device, cuda_state in zip(devices, state[1], strict=True):
+                torch.cuda.set_rng_state(cuda_state, device)
+            with _in_place(model, head) as tried:
+                got = float(model(**batch).loss)
+    except _TouchedLogits:
+        return "it changes the logits between head and loss"
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        return f"it cannot run a few tokens that way ({type(error).__name__}: {error})"
+    if tried.losses_computed != 1:
+        return "it does not use its settable loss function"
+    # Head and loss are the same sums in another order: agreement to a few units of the logits' precision.
+    precision = torch.finfo(head.weight.dtype).eps
+    if not abs(got - expected) <= max(16 * precision, 1e-5) * max(1.0, abs(expected)):
+        return f"its loss differs ({got:.6g} against {expected:.6g})"
+    return None
+
+
+@contextmanager
+def labelled_head(model: nn.Module) -> Iterator[LabelledHead]:
+    """Runs a causal language model's head and loss over the labelled rows only, while inside the context.
+
+    Works on transformers' causal models and on such models inside PEFT, when the head is frozen, is an ``nn.Linear``
+    and feeds the model's settable loss function untouched; a few tokens are tried at entry. Otherwise the model is left
+    as it is and ``active`` is False with the reason. Inside, a call with labels returns the same loss, but hidden states
+    in place of logits; a call without labels is as it was. On exit the model is exactly as it was.
+
+    Args:
+        model: a causal language model from transformers, bare or in PEFT.
+
+    Yields:
+        LabelledHead: whether the head is in place, and why not.
+    """
+    bare = bare_model(model)
+    reason = _obstacle(bare)
+    if reason is not None:
+        yield LabelledHead(False, reason)
+        return
+    with _in_place(bare, bare.get_output_embeddings()):
+        yield LabelledHead(True)

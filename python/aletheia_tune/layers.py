@@ -1,0 +1,177 @@
+"""Where the transformer layers of a model are, and which linears they hold.
+
+Found by structure, not by class name: a transformer keeps its blocks in one ``nn.ModuleList``. Names are those of the
+bare model, so that a score taken before PEFT wraps the model still fits after it has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from aletheia_tune.errors import UserError
+
+_ATTENTION = re.compile(r"att(e?)n|attention", re.IGNORECASE)
+# "intermediate" and a layer's own "output" are the two halves of the feed-forward block in BERT and its descendants.
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|^fc\d*$|^intermediate$|^output$", re.IGNORECASE
+)
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """A linear inside a transformer layer.
+
+    ``name`` is the dotted name in the bare (non-PEFT) model, ``layer`` the index of its layer, ``in_features`` and
+    ``out_features`` the sizes of the map x [.., in] -> y [.., out], ``kind`` one of "attention", "mlp", "other".
+    """
+
+    name: str
+    layer: int
+    in_features: int
+    out_features: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """The transformer layers of a model and the dotted name of their list in the bare model."""
+
+    path: str
+    layers: nn.ModuleList
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT wraps, or the model itself when nothing wraps it."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map with a weight of its own: ``nn.Linear`` or transformers' ``Conv1D``."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a PEFT layer: the module it replaced sits in ``base_layer``, its adapters beside it."""
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``module.named_modules()`` as if PEFT had never been there: adapters left out, wrapped layers under their old name.
+
+    Modules used under several names come once, under the first.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(current: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        while _is_adapted(current):
+            current = current.base_layer
+        if current in seen:
+            return
+        seen.add(current)
+        yield name, current
+        for child_name, child in current.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from walk(module, prefix)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _is_layer_list(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        return False
+    blocks = list(module)
+    return len({type(block) for block in blocks}) == 1 and all(
+        any(is_linear(inner) for name, inner in bare_modules(block) if name) for block in blocks
+    )
+
+
+def find_layers(model: nn.Module) -> LayerList:
+    """The transformer layers of a model.
+
+    They are the outermost ``nn.ModuleList`` of blocks of one class that hold linears. Where a model has several
+    (a vision tower beside a language model), the one whose length the configuration names as the number of layers.
+
+    Raises:
+        UserError: no such list, or several that fit equally well.
+    """
+    root = bare_model(model)
+    found: list[LayerList] = []
+    for name, module in root.named_modules():
+        inside = any(name.startswith(f"{outer.path}.") for outer in found)
+        if not inside and _is_layer_list(module):
+            assert isinstance(module, nn.ModuleList)
+            found.append(LayerList(name, module))
+    if not found:
+        raise UserError(
+            f"{type(root).__name__}: no list of transformer layers found (an nn.ModuleList of equal blocks that hold "
+            "linears); give a transformer model"
+        )
+    if len(found) > 1:
+        config = _text_config(root)
+        counts = {getattr(config, key, None) for key in _LAYER_COUNTS} - {None}
+        fitting = [each for each in found if len(each.layers) in counts]
+        if len(fitting) != 1:
+            names = ", ".join(f"{each.path} ({len(each.layers)})" for each in found)
+            raise UserError(
+                f"{type(root).__name__}: several lists could be its transformer layers: {names}; "
+                "give the part of the model that is meant"
+            )
+        found = fitting
+    return found[0]
+
+
+def kind_of(name: str, layer_path: str) -> str:
+    """ "attention", "mlp" or "other" for a module or parameter, from the names between its layer and itself."""
+    parts = name.removeprefix(f"{layer_path}.").split(".")[1:]
+    if any(_ATTENTION.search(part) for part in parts[:-1]):
+        return "attention"
+    if any(_MLP.search(part) for part in parts):
+        return "mlp"
+    return "attention" if _ATTENTION.search(parts[-1]) else "other"
+
+
+def linears(model: nn.Module) -> Iterator[tuple[LinearModule, nn.Module]]:
+    """Every linear inside the layers, described and in person, in model order.
+
+    A module used in several layers comes once, in the first. See :func:`linear_modules`.
+    """
+    layers = find_layers(model)
+    prefix = f"{layers.path}." if layers.path else ""
+    for name, module in bare_modules(layers.layers, layers.path):
+        if is_linear(module):
+            index = int(name.removeprefix(prefix).split(".")[0])
+            in_features, out_features = linear_shape(module)
+            yield LinearModule(name, index, in_features, out_features, kind_of(name, layers.path)), module
+
+
+def linear_modules(model: nn.Module) -> list[LinearModule]:
+    """Every ``nn.Linear`` and transformers ``Conv1D`` inside the layers, in model order.
+
+    For a PEFT-wrapped model these are the base layers, under the names of the bare model. MoE routers that are not
+    ``nn.Linear`` are left out.
+
+    Raises:
+        UserError: the model has no known list of layers.
+    """
+    return [linear for linear, _ in linears(model)]

@@ -1,0 +1,166 @@
+"""Layers and linears are found by structure, under the names of the bare model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from aletheia_tune.errors import UserError
+from aletheia_tune.layers import LinearModule, find_layers, linear_modules
+
+TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=31)
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1))
+
+
+def test_llama():
+    model = llama()
+    found = find_layers(model)
+    assert found.path == "model.layers"
+    assert found.layers is model.model.layers
+    modules = linear_modules(model)
+    assert len(modules) == 3 * 7
+    assert modules[0] == LinearModule("model.layers.0.self_attn.q_proj", 0, 16, 16, "attention")
+    assert modules[1] == LinearModule("model.layers.0.self_attn.k_proj", 0, 16, 8, "attention")
+    assert modules[-1] == LinearModule("model.layers.2.mlp.down_proj", 2, 24, 16, "mlp")
+    order = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    assert [module.name for module in modules] == order
+
+
+def test_gpt2_conv1d():
+    modules = linear_modules(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=31)))
+    assert modules[0] == LinearModule("transformer.h.0.attn.c_attn", 0, 16, 48, "attention")
+    assert modules[2] == LinearModule("transformer.h.0.mlp.c_fc", 0, 16, 64, "mlp")
+    assert len(modules) == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "kinds"),
+    [
+        (
+            lambda: BertModel(BertConfig(**TINY)),
+            "encoder.layer",
+            {
+                "attention.self.query": "attention",
+                "attention.self.key": "attention",
+                "attention.self.value": "attention",
+                "attention.output.dense": "attention",
+                "intermediate.dense": "mlp",
+                "output.dense": "mlp",
+            },
+        ),
+        (
+            lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TINY)),
+            "gpt_neox.layers",
+            {
+                "attention.query_key_value": "attention",
+                "attention.dense": "attention",
+                "mlp.dense_h_to_4h": "mlp",
+                "mlp.dense_4h_to_h": "mlp",
+            },
+        ),
+        (
+            lambda: OPTForCausalLM(
+                OPTConfig(hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=31)
+            ),
+            "model.decoder.layers",
+            {
+                "self_attn.k_proj": "attention",
+                "self_attn.v_proj": "attention",
+                "self_attn.q_proj": "attention",
+                "self_attn.out_proj": "attention",
+                "fc1": "mlp",
+                "fc2": "mlp",
+            },
+        ),
+        (
+            lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=2)),
+            "model.layers",
+            {f"self_attn.{name}_proj": "attention" for name in "qkvo"},
+        ),
+    ],
+    ids=["bert", "gpt-neox", "opt", "mixtral"],
+)
+def test_kinds_and_paths(model, path, kinds):
+    model = model()
+    assert find_layers(model).path == path
+    modules = linear_modules(model)
+    assert {m.name.removeprefix(f"{path}.0."): m.kind for m in modules if m.layer == 0} == kinds
+    assert [m.layer for m in modules] == sorted(m.layer for m in modules)
+
+
+def test_a_peft_model_has_the_names_of_the_model_it_wraps():
+    peft = pytest.importorskip("peft")
+    model = llama()
+    before = linear_modules(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert linear_modules(wrapped) == before
+    assert find_layers(wrapped).path == "model.layers"
+
+
+def test_a_module_in_two_layers_comes_once():
+    model = llama()
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    names = [module.name for module in linear_modules(model)]
+    assert "model.layers.0.mlp.up_proj" in names
+    assert "model.layers.2.mlp.up_proj" not in names
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(3))
+        self.norm = nn.LayerNorm(2)
+
+
+def two_lists(counts: tuple[int, int], **config) -> nn.Module:
+    model = nn.Module()
+    model.vision = nn.ModuleList(Block() for _ in range(counts[0]))
+    model.text = nn.ModuleList(Block() for _ in range(counts[1]))
+    model.config = type("Config", (), config)()
+    return model
+
+
+def test_the_outermost_list_whose_length_the_configuration_names():
+    assert find_layers(two_lists((2, 4), num_hidden_layers=4)).path == "text"
+    assert find_layers(two_lists((2, 4), n_layer=2)).path == "vision"
+
+
+def test_no_list_and_too_many_are_errors_of_one_line():
+    with pytest.raises(UserError, match=r"Linear: no list of transformer layers") as caught:
+        find_layers(nn.Linear(2, 2))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"several lists.*vision \(4\), text \(4\)"):
+        find_layers(two_lists((4, 4), num_hidden_layers=4))
+    with pytest.raises(UserError, match="several lists"):
+        find_layers(two_lists((2, 4)))
+
+
+def test_the_text_tower_of_a_model_with_two():
+    tower = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    config = CLIPConfig(
+        text_config={**tower, "num_hidden_layers": 3, "vocab_size": 31},
+        vision_config={**tower, "image_size": 8, "patch_size": 4},
+    )
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    assert find_layers(model).path == "text_model.encoder.layers"
