@@ -2,8 +2,9 @@
 
 A record is an object in one of three formats, told from the first record unless `Fields` names them:
 
-* ``{"prompt": str, "completion": str}``: only the completion is learned. With a chat template in the tokenizer the
-  prompt becomes a user turn and the completion the assistant's; without one they are joined and ended with eos.
+* ``{"prompt": str, "completion": str}``: only the completion is learned. With a chat template in the
+  tokenizer the prompt becomes a user turn and the completion the assistant's; without one they are joined and
+  ended with eos.
 * ``{"messages": [{"role": str, "content": str}, ...]}``: only the assistant's turns are learned.
 * ``{"text": str}``: every token is learned, and the eos that is appended.
 """
@@ -14,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -72,28 +74,31 @@ def load_examples(
     fields: Fields | None = None,
     name: str = "train",
 ) -> Examples:
-    """Reads, tokenises and labels every record of ``source``; the same input gives the same examples in the same order.
+    """Reads, tokenises and labels every record of ``source``; the same input gives the same examples in the
+    same order.
 
     Args:
-        source: the path of a UTF-8 file with one JSON object a line (blank lines are skipped), a `datasets.Dataset`,
-            or any iterable of dicts.
+        source: the path of a UTF-8 file with one JSON object a line (blank lines are skipped), a
+            `datasets.Dataset`, or any iterable of dicts.
         tokenizer: with a chat template for ``messages``, with an eos token otherwise.
         max_length: tokens kept of a record, at least 2; what is longer loses its end.
         fields: the names of the fields; without it the format is told from the first record.
         name: what to call a source that is not a file in messages.
 
     Returns:
-        At least one example. Each has a label other than -100 after its first token, which no token precedes to
-        predict it; a record without one is dropped and counted.
+        At least one example. Each has a label other than -100 after its first token, which no token precedes
+        to predict it; a record without one is dropped and counted.
 
     Raises:
-        UserError: with the file and the line number (or the source's name and the record's number, from 1): a missing
-            or unreadable file, a directory, no record at all, a line that is not UTF-8, not JSON or not an object, a
-            record without the fields, a field of another type, a chat template that refuses a conversation or cannot
-            be masked; and when no example is left.
+        UserError: with the file and the line number (or the source's name and the record's number, from 1): a
+            missing or unreadable file, a directory, no record at all, a line that is not UTF-8, not JSON or
+            not an object, a record without the fields, a field of another type, a chat template that refuses
+            a conversation or cannot be masked; and when no example is left.
     """
     if max_length < 2:
-        raise UserError(f"max length {max_length} is too short: a token and its successor are needed, pass 2 or more")
+        raise UserError(
+            f"max length {max_length} is too short: a token and its successor are needed, pass 2 or more"
+        )
     is_file = isinstance(source, (str, os.PathLike))
     label = str(source) if is_file else name
     records = _read_jsonl(Path(source)) if isinstance(source, (str, os.PathLike)) else _number(source, name)
@@ -120,14 +125,15 @@ def load_examples(
         raise UserError(f"{label} is empty: it needs at least one record")
     if not examples:
         raise UserError(
-            f"{label}: no completion tokens after masking or truncation in any of {examples.dropped} records: "
-            f"check the fields or raise --max-length (now {max_length})"
+            f"{label}: no completion tokens after masking or truncation in any of its "
+            f"{examples.dropped} records: check the fields or raise --max-length (now {max_length})"
         )
     return examples
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's pad token, or its eos where it has none (padding is masked either way).
+    """The id to pad with: the tokenizer's pad token, or its eos where it has none (padding is masked either
+    way).
 
     Raises:
         UserError: the tokenizer has neither.
@@ -142,7 +148,8 @@ def collate(examples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) 
     """One batch of examples, padded on the right to a multiple of 8 tokens.
 
     Returns:
-        ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (-100 on padding), each int64 [batch, tokens].
+        ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (-100 on padding), each int64 [batch,
+        tokens].
     """
     longest = max(len(example["input_ids"]) for example in examples)
     width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -169,33 +176,45 @@ class Collator:
 
 
 def batches(
-    examples: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_token_id: int, *, seed: int, count: int
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    batch_size: int,
+    pad_token_id: int,
+    *,
+    seed: int,
+    count: int,
 ) -> list[dict[str, Tensor]]:
-    """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run out."""
+    """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run
+    out.
+    """
     if batch_size < 1 or count < 1:
         raise UserError(f"batch size {batch_size} and number of batches {count} must both be 1 or more")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     starts = range(0, min(len(order), count * batch_size), batch_size)
-    return [collate([examples[i] for i in order[start : start + batch_size]], pad_token_id) for start in starts]
+    return [
+        collate([examples[i] for i in order[start : start + batch_size]], pad_token_id) for start in starts
+    ]
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.is_dir():
         raise UserError(f"{path} is a directory: give a jsonl file")
     try:
-        stream = open(path, "rb")
+        stream = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a jsonl file") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with stream:
-        # Split at b"\n" alone: inside JSON strings, other line breaks that str.splitlines knows are ordinary text.
+        # Split at b"\n" alone: inside JSON strings, other line breaks that str.splitlines knows are ordinary
+        # text.
         for number, line in enumerate(stream, start=1):
             where = f"{path} line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
+                raise UserError(
+                    f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
+                ) from error
             if not text.strip():
                 continue
             try:
@@ -249,7 +268,8 @@ def _conversation(
     if fields.text is not None:
         return _string(record, fields.text, where)
     if fields.messages is None:
-        assert fields.prompt is not None and fields.completion is not None
+        assert fields.prompt is not None
+        assert fields.completion is not None
         return [
             {"role": "user", "content": _string(record, fields.prompt, where)},
             {"role": "assistant", "content": _string(record, fields.completion, where)},
@@ -287,7 +307,9 @@ def _string(record: Mapping[str, Any], field: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no text
-        raise UserError(f"{where}: field {field!r} has a lone surrogate at character {error.start + 1}") from error
+        raise UserError(
+            f"{where}: field {field!r} has a lone surrogate at character {error.start + 1}"
+        ) from error
     return value
 
 
@@ -301,41 +323,67 @@ def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, label: str) ->
 def _tokenise_pair(
     turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, label: str
 ) -> tuple[list[int], list[int]]:
-    # The two are tokenised apart: at generation the prompt's tokens are fixed before the completion is there.
-    prompt = _leading_bos(tokenizer) + _ids(turns[0]["content"], tokenizer)
-    if not turns[1]["content"]:
-        return prompt, [IGNORED] * len(prompt)
-    completion = _ended(_ids(turns[1]["content"], tokenizer), tokenizer, label)
+    prompt, completion = _pieces([turn["content"] for turn in turns], tokenizer)
+    prompt = _leading_bos(tokenizer) + prompt
+    if turns[1]["content"]:
+        completion = _ended(completion, tokenizer, label)
     return prompt + completion, [IGNORED] * len(prompt) + completion
 
 
 def _tokenise_chat(
     turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
-    """Labels each assistant turn that says something, from where a reply would be asked for to the end of the turn.
+    """Labels each assistant turn that says something, from where a reply would be asked for to the end of
+    the turn.
 
-    The conversation is rendered up to each such turn, without and with it. Where both are the beginning of the whole
-    in tokens, the turn is what lies between. A template that rewrites earlier turns breaks this; it may mark the
-    assistant's tokens itself (``{% generation %}``), and cannot be masked if it does not.
+    The conversation is rendered up to each such turn, without and with it. Where both are the beginning of
+    the whole, the turn is what lies between. A template that rewrites earlier turns breaks this; it may mark
+    the assistant's tokens itself (``{% generation %}``), and cannot be masked if it does not.
     """
-    ids = _render(turns, tokenizer, where)
-    labels = [IGNORED] * len(ids)
+    whole = _template(turns, tokenizer, where, tokenize=False)
+    cuts = [0]
     for position, turn in enumerate(turns):
-        if turn["role"] != "assistant" or not turn["content"]:
-            continue
-        before = _render(turns[:position], tokenizer, where, ask=True) if position else None
-        upto = _render(turns[: position + 1], tokenizer, where)
-        if before is None or upto[: len(before)] != before or ids[: len(upto)] != upto:
-            return _mask_by_template(turns, tokenizer, where)
-        end = _turn_end(upto, len(before), tokenizer)
-        labels[len(before) : end] = ids[len(before) : end]
+        if turn["role"] == "assistant" and turn["content"]:
+            if position == 0:  # nothing asked for it, and templates cannot render a conversation of no turns
+                return _mask_by_template(turns, tokenizer, where)
+            before = _template(turns[:position], tokenizer, where, tokenize=False, add_generation_prompt=True)
+            upto = _template(turns[: position + 1], tokenizer, where, tokenize=False)
+            if not (upto.startswith(before) and whole.startswith(upto) and len(before) >= cuts[-1]):
+                return _mask_by_template(turns, tokenizer, where)
+            cuts += [len(before), len(upto)]
+    cuts.append(len(whole))
+    ids: list[int] = []
+    labels: list[int] = []
+    pieces = _pieces([whole[start:end] for start, end in pairwise(cuts)], tokenizer)
+    for number, piece in enumerate(pieces):
+        learned = _turn_end(piece, tokenizer) if number % 2 else 0
+        ids += piece
+        labels += piece[:learned] + [IGNORED] * (len(piece) - learned)
     return ids, labels
 
 
-def _turn_end(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    # Generation stops at eos; the line break that templates put after it is nobody's prediction, and being always
-    # the same it would flatter the loss.
-    if tokenizer.eos_token_id in ids[start:]:
+def _pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each of some texts that follow each other.
+
+    They are those of the joined text where its tokens end where the pieces do. Where a token would reach
+    across (a line break that ends the prompt and the spaces that begin the completion), each piece is
+    tokenised by itself: at generation the prompt's tokens are fixed before the completion is there.
+    """
+    ids = _ids("".join(texts), tokenizer)
+    cuts = [0]
+    for count in range(1, len(texts)):
+        head = _ids("".join(texts[:count]), tokenizer)
+        if ids[: len(head)] != head:
+            return [_ids(text, tokenizer) for text in texts]
+        cuts.append(len(head))
+    cuts.append(len(ids))
+    return [ids[start:end] for start, end in pairwise(cuts)]
+
+
+def _turn_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    # Generation stops at eos. The line break that templates put after it is nobody's prediction, and being
+    # always the same it would flatter the loss.
+    if tokenizer.eos_token_id in ids:
         return len(ids) - ids[::-1].index(tokenizer.eos_token_id)
     return len(ids)
 
@@ -345,8 +393,9 @@ def _mask_by_template(
 ) -> tuple[list[int], list[int]]:
     if _GENERATION_KEYWORD not in str(tokenizer.chat_template):
         raise UserError(
-            f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart: "
-            "give prompt and completion, or a template that marks them with {% generation %}"
+            f"{where}: the assistant's tokens cannot be told apart, because the chat template rewrites earlier "
+            "turns or the assistant's is the first: give prompt and completion, or a template that marks them "
+            "with {% generation %}"
         )
     encoded = _template(
         turns, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -356,14 +405,8 @@ def _mask_by_template(
     return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
 
 
-def _render(
-    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, *, ask: bool = False
-) -> list[int]:
-    return _ids(_template(turns, tokenizer, where, tokenize=False, add_generation_prompt=ask), tokenizer)
-
-
 def _template(
-    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **options: bool
+    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **options: Any
 ) -> Any:
     try:
         return tokenizer.apply_chat_template([dict(turn) for turn in turns], **options)
@@ -404,6 +447,6 @@ def _type_name(value: object) -> str:
         (Mapping, "an object"),
         (Sequence, "a list"),
     ):
-        if isinstance(value, kind):  # type: ignore[arg-type]
+        if isinstance(value, kind):
             return name
     return f"a {type(value).__name__}"

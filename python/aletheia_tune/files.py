@@ -14,7 +14,7 @@ from pathlib import Path
 from aletheia_tune.errors import UserError
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Libraries written in Rust (safetensors, tokenizers) raise their own error types, which carry errno only as text.
+# Libraries written in Rust (safetensors, tokenizers) raise errors of their own, with errno only in the text.
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -38,15 +38,15 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, direc
     """Refuses an output path that cannot be written to, so that a command can say so before long work.
 
     Args:
-        path: where the output will be. With ``directory`` it may be absent or an empty directory; without, it is a
-            file that may be absent and whose parent must exist.
+        path: where the output will be. With ``directory`` it may be absent or an empty directory; without, it
+            is a file that may be absent and whose parent must exist.
         overwrite: allows a directory that is not empty, or a file that exists.
         directory: whether the output is a directory (`output_directory`) or a file (`write_text`).
 
     Raises:
-        UserError: the path is taken (naming ``--overwrite`` where that would help), is of the other kind, lies under
-            something that is not a directory, or cannot be read; or overwriting would delete the current or the home
-            directory.
+        UserError: the path is taken (naming ``--overwrite`` where that would help), is of the other kind,
+            lies under something that is not a directory, or cannot be read; or overwriting would delete the
+            current or the home directory.
     """
     target = _resolve(path)
     try:
@@ -59,11 +59,11 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, direc
 
 
 def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> None:
-    """Writes ``text`` (UTF-8) to ``path`` whole: a failure leaves the old file, or none, and nothing beside it.
+    """Writes ``text`` (UTF-8) to ``path`` whole: a failure leaves the old file, or none, and nothing else.
 
     Raises:
-        UserError: ``path`` exists and ``overwrite`` is false, is a directory, its parent is missing, it cannot be
-            written to, or the disk is full.
+        UserError: ``path`` exists and ``overwrite`` is false, is a directory, its parent is missing, it
+            cannot be written to, or the disk is full.
     """
     check_output(path, overwrite, directory=False)
     target = _resolve(path)
@@ -85,11 +85,11 @@ def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False)
 
 @contextmanager
 def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yields a fresh directory beside ``path`` that becomes ``path`` when the block ends without an exception.
+    """Yields a fresh directory that becomes ``path`` when the block ends without an exception.
 
-    With ``overwrite`` the old directory stays in place until then; it is moved away, the new one renamed in, and the
-    old one deleted. On an exception the fresh directory goes, with the parents made for it, and the exception
-    continues; one that says that the disk is full continues as a `UserError`.
+    With ``overwrite`` the old directory stays in place until then; it is moved away, the new one renamed in,
+    and the old one deleted. On an exception the fresh directory goes, with the parents made for it, and the
+    exception continues; one that says that the disk is full continues as a `UserError`.
 
     Raises:
         UserError: at entry, what `check_output` refuses; later, a full disk.
@@ -124,10 +124,14 @@ def _check_directory(target: Path, path: str | os.PathLike[str], overwrite: bool
         if not any(target.iterdir()):
             return
         if not overwrite:
-            raise UserError(f"output directory {path} exists and is not empty: choose another or pass --overwrite")
+            raise UserError(
+                f"output directory {path} exists and is not empty: choose another or pass --overwrite"
+            )
         here = Path.cwd().resolve()
         if target == here or target in here.parents or target == Path.home().resolve():
-            raise UserError(f"output directory {path} holds the current or the home directory: choose another")
+            raise UserError(
+                f"output directory {path} holds the current or the home directory: choose another"
+            )
     elif os.path.lexists(target):
         raise UserError(f"output directory {path} is a file: choose another name")
     else:
@@ -173,9 +177,12 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    # Not tempfile: its files and directories are private (0600, 0700), and the finished output should follow umask.
+    # Not tempfile: its files and directories are private (0600, 0700), and the finished output should follow
+    # umask.
     return target.parent / f".{target.name[:64]}.{kind}-{uuid.uuid4().hex[:12]}"
 
 
 def _no_space(path: str | os.PathLike[str]) -> UserError:
-    return UserError(f"no space left to write {path}: free some or choose another disk; nothing was kept there")
+    return UserError(
+        f"no space left to write {path}: free some or choose another disk; nothing was kept there"
+    )

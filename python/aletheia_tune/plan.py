@@ -19,10 +19,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import bare_model, bare_modules, find_layers, is_linear, linear_modules, linear_shape
+from aletheia_tune.layers import (
+    bare_model,
+    bare_modules,
+    find_layers,
+    is_linear,
+    linear_modules,
+    linear_shape,
+)
 
 if TYPE_CHECKING:
-    from aletheia_tune.scores import ModuleScore, Scores
+    from aletheia_tune.scores import Scores
 
 FORMAT = "aletheia-plan"
 VERSION = 1
@@ -44,15 +51,16 @@ class Plan:
     """Which modules of a model get an adapter, and of what rank.
 
     Attributes:
-        modules: by full dotted name in the bare model: linears, and MoE expert parameters (3-D, "....gate_up_proj").
+        modules: by full dotted name in the bare model: linears, and MoE expert parameters (3-D,
+            "....gate_up_proj").
         num_layers: transformer layers of the model, adapted or not.
         layer_path: where they are; every module's name is ``{layer_path}.{index}.…``.
         dropout: of the adapters' input.
         meta: how the plan was made; ``layer_scores`` is what `explain` shows.
 
     Raises:
-        UserError: at construction, naming the module: no module, a rank that is not a whole number of 1 or more, an
-            alpha that is not a positive number, a name outside the layers, a dropout outside [0, 1).
+        UserError: at construction, naming the module: no module, a rank that is not a whole number of 1 or
+            more, an alpha that is not a positive number, a name outside the layers, a dropout outside [0, 1).
     """
 
     modules: dict[str, ModulePlan]
@@ -66,7 +74,9 @@ class Plan:
             raise UserError("the plan adapts no module: choose more layers or other targets")
         for name, module in self.modules.items():
             if not _is_int(module.rank) or module.rank < 1:
-                raise UserError(f"plan module {name!r}: rank {module.rank!r} is not a whole number of 1 or more")
+                raise UserError(
+                    f"plan module {name!r}: rank {module.rank!r} is not a whole number of 1 or more"
+                )
             if not _is_number(module.alpha) or not module.alpha > 0:
                 raise UserError(f"plan module {name!r}: alpha {module.alpha!r} is not a positive number")
             index = _layer_index(name, self.layer_path)
@@ -92,7 +102,8 @@ class Plan:
                     "num_layers": self.num_layers,
                     "dropout": self.dropout,
                     "modules": {
-                        name: {"rank": module.rank, "alpha": module.alpha} for name, module in self.modules.items()
+                        name: {"rank": module.rank, "alpha": module.alpha}
+                        for name, module in self.modules.items()
                     },
                     "meta": self.meta,
                 },
@@ -114,9 +125,11 @@ class Plan:
         except (ValueError, RecursionError) as error:
             raise UserError(f"the plan is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise UserError(f"not a plan: a file made by 'aletheia plan' has \"format\": \"{FORMAT}\"")
+            raise UserError(f'not a plan: a file made by \'aletheia plan\' has "format": "{FORMAT}"')
         if data.get("version") != VERSION:
-            raise UserError(f"plan version {data.get('version')!r} is unknown: this program reads version {VERSION}")
+            raise UserError(
+                f"plan version {data.get('version')!r} is unknown: this program reads version {VERSION}"
+            )
         for key, is_right, what in (
             ("layer_path", lambda value: isinstance(value, str), "a string"),
             ("num_layers", lambda value: _is_int(value) and value > 0, "a whole number of 1 or more"),
@@ -136,8 +149,8 @@ class Plan:
         """Entries of every A [rank, in] and B [out, rank]; times the experts for an expert parameter.
 
         Args:
-            model: the model, bare or adapted, or by module name (in_features, out_features), for an expert parameter
-                (experts, in_features, out_features).
+            model: the model, bare or adapted, or by module name (in_features, out_features), for an expert
+                parameter (experts, in_features, out_features).
 
         Raises:
             UserError: a module of the plan is not there.
@@ -151,20 +164,20 @@ class Plan:
     def to_lora_config(self, model: nn.Module) -> LoraConfig:
         """The configuration with which stock PEFT gives exactly the planned adapters on ``model``.
 
-        ``r`` and ``lora_alpha`` are the plan's commonest; modules that differ are named in ``rank_pattern`` and
-        ``alpha_pattern``, whose keys PEFT matches as ``re.match(rf"(.*\\.)?({key})$", name)``: escaped, and with a
-        leading ``^`` that fails wherever the optional prefix took a character, a key can only match its own module.
-        ``target_modules`` has no such anchor (PEFT takes a name that ends in ``.{key}`` too), and PEFT rewrites
-        targets of some MoE models. So the configuration is rehearsed by PEFT itself on an empty copy of the model's
-        module tree, and any difference from the plan is an error.
+        ``r`` and ``lora_alpha`` are the plan's commonest; modules that differ are named in ``rank_pattern``
+        and ``alpha_pattern``, whose keys PEFT matches as ``re.match(rf"(.*\\.)?({key})$", name)``: escaped,
+        and with a leading ``^`` that fails wherever the optional prefix took a character, a key can only
+        match its own module. ``target_modules`` has no such anchor (PEFT takes a name that ends in ``.{key}``
+        too), and PEFT rewrites targets of some MoE models. So the configuration is rehearsed by PEFT itself
+        on an empty copy of the model's module tree, and any difference from the plan is an error.
 
         Args:
             model: bare or already adapted; it is not changed.
 
         Raises:
             UserError: a module that is not in the model or is no linear or expert parameter, a rank above
-                in_features + out_features, dropout on expert parameters (PEFT has none), or a key that PEFT would
-                match to other modules than the plan's.
+                in_features + out_features, dropout on expert parameters (PEFT has none), or a key that PEFT
+                would match to other modules than the plan's.
         """
         bare = _bare_modules(model)
         shapes = _shapes(model, self.modules)
@@ -173,22 +186,29 @@ class Plan:
         parameters = [name for name in self.modules if name not in bare]
         linears = [name for name in self.modules if name in bare]
         if parameters and self.dropout:
-            raise UserError(f"expert parameter {parameters[0]!r} cannot have dropout {self.dropout}: plan dropout 0")
+            raise UserError(
+                f"expert parameter {parameters[0]!r} cannot have dropout {self.dropout}: plan dropout 0"
+            )
 
-        # PEFT wrongly warns that patterns which match a parameter are ignored, so parameters set the common values.
+        # PEFT wrongly warns that patterns which match a parameter are ignored, so parameters set the common
+        # values.
         common = [self.modules[name] for name in parameters or linears]
         rank = Counter(module.rank for module in common).most_common(1)[0][0]
         alpha = Counter(module.alpha for module in common).most_common(1)[0][0]
         config = LoraConfig(
             r=rank,
-            lora_alpha=_json_number(alpha),
+            lora_alpha=_json_number(alpha),  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             bias="none",
             target_modules=linears,
             target_parameters=parameters or None,
             rank_pattern={_anchored(n): m.rank for n, m in self.modules.items() if m.rank != rank},
-            alpha_pattern={_anchored(n): _json_number(m.alpha) for n, m in self.modules.items() if m.alpha != alpha},
-            fan_in_fan_out=bool(linears) and not parameters and all(isinstance(bare[n], Conv1D) for n in linears),
+            alpha_pattern={
+                _anchored(n): _json_number(m.alpha) for n, m in self.modules.items() if m.alpha != alpha
+            },
+            fan_in_fan_out=bool(linears)
+            and not parameters
+            and all(isinstance(bare[n], Conv1D) for n in linears),
             task_type="CAUSAL_LM" if _is_causal_lm(bare[""]) else None,
         )
         self._rehearse(config, bare)
@@ -205,7 +225,9 @@ class Plan:
             keys = [key for key in self.modules if name.endswith(f".{key}") or _last(key) == _last(name)]
             key = max(keys, key=lambda key: (name.endswith(f".{key}"), len(key)), default=None)
             because = f", through the plan's {key!r}" if key is not None else ""
-            raise UserError(f"PEFT would adapt {name!r}{because}, which the plan leaves out: rename or drop the target")
+            raise UserError(
+                f"PEFT would adapt {name!r}{because}, which the plan leaves out: rename or drop the target"
+            )
         for name, module in self.modules.items():
             if name not in found:
                 raise UserError(f"PEFT would not adapt {name!r}, which the plan names: drop it from the plan")
@@ -217,7 +239,9 @@ class Plan:
                 )
 
     def explain(self) -> str:
-        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its modules."""
+        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its
+        modules.
+        """
         scores = self.meta.get("layer_scores") or []
         adapted: dict[int, dict[int, list[str]]] = {}
         for index, name in self._by_layer():
@@ -264,22 +288,26 @@ def make_plan(
 ) -> Plan:
     """Adapters on the layers with the highest scores.
 
-    The share and the tie rule are those of Aletheia (arXiv 2604.15351): k = max(floor(L · share / 100), 1) layers,
-    ties to the lower index. So are the by-type ranks of 16 and 64.
+    The share and the tie rule are those of Aletheia (arXiv 2604.15351): k = max(floor(L · share / 100), 1)
+    layers, ties to the lower index. So are the by-type ranks of 16 and 64.
 
     Args:
-        scores: of every layer, and of the modules that can be adapted.
+        scores: of every layer, and of the modules that can be adapted; ``meta["experts"]`` has a list as long
+            as the experts for each expert parameter.
         layers: the share of the layers to adapt, in percent, in (0, 100].
-        ranks: "uniform" (``rank``); "by-type" (``attention_rank``, ``mlp_rank``, and ``rank`` for what is neither);
-            "by-score" (in proportion to each module's score; see `ranks_by_score`).
-        budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would cost.
-        alpha: of every module; by default 2 · its rank, so that alpha / rank is 2 (the published 32 / 16) throughout.
-        targets: the modules to adapt, by full name or by its end ("q_proj", "mlp.up_proj"); by default all scored.
+        ranks: "uniform" (``rank``); "by-type" (``attention_rank``, ``mlp_rank``, and ``rank`` for what is
+            neither); "by-score" (in proportion to each module's score; see `ranks_by_score`).
+        budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would
+            cost.
+        alpha: of every module; by default 2 · its rank, so that alpha / rank is 2 (the published 32 / 16)
+            throughout.
+        targets: the modules to adapt, by full name or by its end ("q_proj", "mlp.up_proj"); by default all
+            scored.
 
     Raises:
-        UserError: a share outside (0, 100], a rank or alpha of 0 or less, a rank above a module's in_features +
-            out_features, a score that is not finite, a target that matches nothing, a budget that is too small or
-            given without "by-score".
+        UserError: a share outside (0, 100], a rank or alpha of 0 or less, a rank above a module's in_features
+            + out_features, a score that is not finite, a target that matches nothing, a budget that is too
+            small or given without "by-score".
     """
     _check_share(layers)
     for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
@@ -293,21 +321,30 @@ def make_plan(
     if not modules:
         raise UserError(f"the targets match no module in the chosen layers {sorted(chosen)}")
 
+    experts = scores.meta.get("experts", {})
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (*([len(experts[name])] if name in experts else []), module.in_features, module.out_features)
+        for name, module in modules.items()
+    }
     if ranks == "uniform":
         rank_of = dict.fromkeys(modules, rank)
     elif ranks == "by-type":
         by_kind = {"attention": attention_rank, "mlp": mlp_rank}
         rank_of = {name: by_kind.get(module.kind, rank) for name, module in modules.items()}
     elif ranks == "by-score":
-        uniform_cost = sum(rank * _rank_cost(_score_shape(module)) for module in modules.values())
-        rank_of = ranks_by_score(modules, uniform_cost if budget is None else budget)
+        uniform_cost = sum(rank * _rank_cost(shape) for shape in shapes.values())
+        score_of = {name: module.score for name, module in modules.items()}
+        rank_of = ranks_by_score(score_of, shapes, uniform_cost if budget is None else budget)
     else:
         raise UserError(f"ranks {ranks!r} is unknown: choose uniform, by-type or by-score")
-    for name, module in modules.items():
-        _check_rank(name, rank_of[name], _score_shape(module))
+    for name, shape in shapes.items():
+        _check_rank(name, rank_of[name], shape)
 
     return Plan(
-        {name: ModulePlan(rank_of[name], 2.0 * rank_of[name] if alpha is None else alpha) for name in modules},
+        {
+            name: ModulePlan(rank_of[name], 2.0 * rank_of[name] if alpha is None else alpha)
+            for name in modules
+        },
         num_layers=len(scores.layers),
         layer_path=scores.layer_path,
         dropout=dropout,
@@ -338,8 +375,8 @@ def uniform_plan(
         targets: as in `make_plan`; by default every linear and expert parameter of the layers.
 
     Raises:
-        UserError: a model without a known list of layers, a rank or alpha of 0 or less, a rank above a module's
-            in_features + out_features, a target that matches nothing.
+        UserError: a model without a known list of layers, a rank or alpha of 0 or less, a rank above a
+            module's in_features + out_features, a target that matches nothing.
     """
     layers = find_layers(model)
     experts = [
@@ -362,40 +399,47 @@ def uniform_plan(
     return plan
 
 
-def ranks_by_score(modules: Mapping[str, ModuleScore], budget: int) -> dict[str, int]:
+def ranks_by_score(
+    scores: Mapping[str, float], shapes: Mapping[str, Sequence[int]], budget: int
+) -> dict[str, int]:
     """Whole ranks in proportion to the scores that cost no more than ``budget`` trainable parameters.
 
-    The ideal rank is t_i = min(max(λ s_i, 1), min(in_i, out_i)), with λ such that Σ t_i c_i is the budget, where c_i
-    is what one rank costs. Each module gets floor(t_i); what that leaves goes, one rank a module, to the largest
-    remainders that still fit. So every rank is within 1 of the ideal and, unless every module is at its bound,
-    less than the largest c_i is left over.
+    The ideal rank is t_i = min(max(λ s_i, 1), min(in_i, out_i)), with λ such that Σ t_i c_i is the budget,
+    where c_i is what one rank costs. Each module gets floor(t_i); what that leaves goes, one rank a module,
+    to the largest remainders that still fit. So every rank is within 1 of the ideal and, unless every module
+    is at its bound, less than the largest c_i is left over.
+
+    Args:
+        scores: by module name, none negative.
+        shapes: by the same names (in_features, out_features), for an expert parameter (experts, in, out).
+        budget: the most trainable parameters.
 
     Raises:
-        UserError: a budget too small for rank 1 everywhere, saying the least; a score that is negative or not finite;
-            no positive score.
+        UserError: a budget too small for rank 1 everywhere, saying the least; a score that is negative or not
+            finite; no positive score.
     """
-    for name, module in modules.items():
-        if not math.isfinite(module.score) or module.score < 0:
-            raise UserError(f"score {module.score} of {name!r} cannot be shared out: it must be finite and >= 0")
-    cost = {name: _rank_cost(_score_shape(module)) for name, module in modules.items()}
+    for name, score in scores.items():
+        if not math.isfinite(score) or score < 0:
+            raise UserError(f"score {score} of {name!r} cannot be shared out: it must be finite and >= 0")
+    cost = {name: _rank_cost(shapes[name]) for name in scores}
     least = sum(cost.values())
     if budget < least:
-        raise UserError(f"budget {budget} is too small for rank 1 on {len(modules)} modules: at least {least}")
-    largest = max(module.score for module in modules.values())
+        raise UserError(f"budget {budget} is too small for rank 1 on {len(scores)} modules: at least {least}")
+    largest = max(scores.values())
     if largest == 0:
         raise UserError("every score is 0: there is nothing for the ranks to be in proportion to")
     # Divided by the largest, so that λ stays in range whatever the scores' scale.
-    share = {name: module.score / largest for name, module in modules.items()}
-    bound = {name: min(_score_shape(module)[-2:]) for name, module in modules.items()}
+    share = {name: score / largest for name, score in scores.items()}
+    bound = {name: min(shapes[name][-2:]) for name in scores}
 
     def ideal(scale: float) -> dict[str, float]:
-        return {name: min(max(scale * share[name], 1.0), float(bound[name])) for name in modules}
+        return {name: min(max(scale * share[name], 1.0), float(bound[name])) for name in scores}
 
     def price(ranks: Mapping[str, float]) -> float:
-        return sum(ranks[name] * cost[name] for name in modules)
+        return sum(ranks[name] * cost[name] for name in scores)
 
-    # Σ t_i c_i grows with λ: bisect. A λ of the budget itself costs at least the budget for the module of share 1,
-    # unless the bounds forbid it.
+    # Σ t_i c_i grows with λ: bisect. A λ of the budget itself costs at least the budget for the module of
+    # share 1, unless the bounds forbid it.
     low, high = 0.0, float(budget)
     for _ in range(200):
         middle = (low + high) / 2
@@ -403,8 +447,8 @@ def ranks_by_score(modules: Mapping[str, ModuleScore], budget: int) -> dict[str,
     target = ideal(low)
     # 200 halvings leave λ a rounding error below its value: a t_i that is whole must not lose a rank to it.
     ranks = {name: math.floor(rank + 1e-9) for name, rank in target.items()}
-    left = budget - sum(ranks[name] * cost[name] for name in modules)
-    for name in sorted(modules, key=lambda name: ranks[name] - target[name]):
+    left = budget - sum(ranks[name] * cost[name] for name in scores)
+    for name in sorted(scores, key=lambda name: ranks[name] - target[name]):
         if ranks[name] < bound[name] and cost[name] <= left:
             ranks[name] += 1
             left -= cost[name]
@@ -414,7 +458,9 @@ def ranks_by_score(modules: Mapping[str, ModuleScore], budget: int) -> dict[str,
 def _highest(scores: Sequence[float], share: float) -> list[int]:
     for index, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(f"the score of layer {index} is {score}: probe again, in float32 or on other batches")
+            raise UserError(
+                f"the score of layer {index} is {score}: probe again, in float32 or on other batches"
+            )
     # 1e-9: a share that was computed, such as 0.29 · 100, may fall a rounding error short of a whole layer.
     count = max(math.floor(len(scores) * share / 100 + 1e-9), 1)
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
@@ -426,10 +472,12 @@ def _check_share(share: float) -> None:
 
 
 def _check_rank(name: str, rank: int, shape: Sequence[int]) -> None:
-    # B A has rank min(in, out) at most. Up to in + out a higher one is wasteful but harmless (a rank that suits the
-    # MLP meets a narrow k_proj); beyond, the adapter outweighs any module it could stand for.
+    # B A has rank min(in, out) at most. Up to in + out a higher one is wasteful but harmless (a rank that
+    # suits the MLP meets a narrow k_proj); beyond, the adapter outweighs any module it could stand for.
     if rank > sum(shape[-2:]):
-        raise UserError(f"rank {rank} of {name!r} is above its in + out features, {sum(shape[-2:])}: choose a lower one")
+        raise UserError(
+            f"rank {rank} of {name!r} is above its in + out features, {sum(shape[-2:])}: choose a lower one"
+        )
 
 
 def _select(names: Iterable[str], targets: Sequence[str] | None) -> list[str]:
@@ -468,16 +516,17 @@ def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]
         elif parameter is not None and parameter.dim() == 3:
             experts, *sides = parameter.shape
             # Stored [experts, out, in], or [experts, in, out] where transformers says that it is transposed.
-            shapes[name] = experts, *(sides if getattr(bare[owner], "is_transposed", False) else reversed(sides))
+            shapes[name] = (
+                experts,
+                *(sides if getattr(bare[owner], "is_transposed", False) else reversed(sides)),
+            )
         elif module is not None or parameter is not None:
-            raise UserError(f"plan module {name!r} is no linear layer or expert parameter: drop it from the plan")
+            raise UserError(
+                f"plan module {name!r} is no linear layer or expert parameter: drop it from the plan"
+            )
         else:
             raise UserError(f"plan module {name!r} is not in this model: the plan was made for another")
     return shapes
-
-
-def _score_shape(module: ModuleScore) -> tuple[int, ...]:
-    return module.in_features, module.out_features
 
 
 def _rank_cost(shape: Sequence[int]) -> int:
