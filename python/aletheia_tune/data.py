@@ -393,9 +393,9 @@ def _mask_by_template(
 ) -> tuple[list[int], list[int]]:
     if _GENERATION_KEYWORD not in str(tokenizer.chat_template):
         raise UserError(
-            f"{where}: the assistant's tokens cannot be told apart, because the chat template rewrites earlier "
-            "turns or the assistant's is the first: give prompt and completion, or a template that marks them "
-            "with {% generation %}"
+            f"{where}: the assistant's tokens cannot be told apart, because the chat template rewrites "
+            "earlier turns or the assistant's is the first: give prompt and completion, or a template that "
+            "marks them with {% generation %}"
         )
     encoded = _template(
         turns, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

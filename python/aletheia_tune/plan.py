@@ -7,6 +7,7 @@ import json
 import math
 import re
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ VERSION = 1
 
 Ranks = Literal["uniform", "by-type", "by-score"]
 _ADAPTER = "default"
+_ROUNDING = 1e-9
+_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -407,10 +410,10 @@ def ranks_by_score(
     The ideal rank is t_i = min(max(λ s_i, 1), min(in_i, out_i)), with λ such that Σ t_i c_i is the budget,
     where c_i is what one rank costs. Each module gets floor(t_i); what that leaves goes, one rank a module,
     to the largest remainders that still fit. So every rank is within 1 of the ideal and, unless every module
-    is at its bound, less than the largest c_i is left over.
+    with a score is at its bound, less than the largest c_i is left over.
 
     Args:
-        scores: by module name, none negative.
+        scores: by module name, none negative; below 1e-12 of the largest they count as 0.
         shapes: by the same names (in_features, out_features), for an expert parameter (experts, in, out).
         budget: the most trainable parameters.
 
@@ -428,8 +431,10 @@ def ranks_by_score(
     largest = max(scores.values())
     if largest == 0:
         raise UserError("every score is 0: there is nothing for the ranks to be in proportion to")
-    # Divided by the largest, so that λ stays in range whatever the scores' scale.
-    share = {name: score / largest for name, score in scores.items()}
+    # Divided by the largest, and 0 where little is left, so that λ and its products stay in range.
+    share = {
+        name: score / largest if score / largest > _NEGLIGIBLE else 0.0 for name, score in scores.items()
+    }
     bound = {name: min(shapes[name][-2:]) for name in scores}
 
     def ideal(scale: float) -> dict[str, float]:
@@ -438,18 +443,22 @@ def ranks_by_score(
     def price(ranks: Mapping[str, float]) -> float:
         return sum(ranks[name] * cost[name] for name in scores)
 
-    # Σ t_i c_i grows with λ: bisect. A λ of the budget itself costs at least the budget for the module of
-    # share 1, unless the bounds forbid it.
-    low, high = 0.0, float(budget)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if price(ideal(middle)) <= budget else (low, middle)
-    target = ideal(low)
-    # 200 halvings leave λ a rounding error below its value: a t_i that is whole must not lose a rank to it.
-    ranks = {name: math.floor(rank + 1e-9) for name, rank in target.items()}
+    # The price is linear in λ between the points where a module leaves its lower bound or meets its upper
+    # one, and never falls: find the last such point within the budget and go on from there along the line.
+    corners = sorted(
+        {0.0, *(corner / share[name] for name in scores if share[name] > 0 for corner in (1, bound[name]))}
+    )
+    last = bisect_right(corners, float(budget), key=lambda scale: price(ideal(scale))) - 1
+    scale = corners[last]
+    if last + 1 < len(corners):
+        rise = price(ideal(corners[last + 1])) - price(ideal(scale))
+        scale += (corners[last + 1] - scale) * (budget - price(ideal(scale))) / rise
+    target = ideal(scale)
+    # A t_i that is whole must not lose a rank to the rounding of λ, nor gain one.
+    ranks = {name: math.floor(rank + _ROUNDING) for name, rank in target.items()}
     left = budget - sum(ranks[name] * cost[name] for name in scores)
     for name in sorted(scores, key=lambda name: ranks[name] - target[name]):
-        if ranks[name] < bound[name] and cost[name] <= left:
+        if target[name] - ranks[name] > _ROUNDING and cost[name] <= left:
             ranks[name] += 1
             left -= cost[name]
     return ranks

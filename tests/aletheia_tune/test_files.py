@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
-
 from aletheia_tune import files
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from safetensors import SafetensorError
 
 
 def listing(directory: Path) -> list[str]:
@@ -47,7 +46,7 @@ def test_write_text_writes_what_it_was_given_and_leaves_nothing_beside(tmp_path)
     target = tmp_path / "plan.json"
     files.write_text(target, "ä\n")
     assert target.read_bytes() == "ä\n".encode()
-    with pytest.raises(UserError, match="exists.*--overwrite"):
+    with pytest.raises(UserError, match=r"exists.*--overwrite"):
         files.write_text(target, "new")
     assert target.read_text() == "ä\n"
     files.write_text(target, "new", overwrite=True)
@@ -63,7 +62,8 @@ def test_write_text_follows_umask_and_links(tmp_path):
         files.write_text(link, "text", overwrite=True)
     finally:
         os.umask(old)
-    assert link.is_symlink() and real.read_text() == "text"
+    assert link.is_symlink()
+    assert real.read_text() == "text"
     assert real.stat().st_mode & 0o777 == 0o640
 
 
@@ -79,7 +79,7 @@ def test_write_text_on_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "plan.json"
     target.write_text("old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full_disk()))
-    with pytest.raises(UserError, match="no space left to write .*plan.json"):
+    with pytest.raises(UserError, match=r"no space left to write .*plan\.json"):
         files.write_text(target, "new", overwrite=True)
     assert target.read_text() == "old"
     assert listing(tmp_path) == ["plan.json"]
@@ -121,12 +121,13 @@ def _umask() -> int:
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), NonFiniteLoss("NaN", step=1)])
 def test_output_directory_leaves_nothing_on_an_exception(tmp_path, error):
-    with (
-        pytest.raises(type(error)) as raised,
-        files.output_directory(tmp_path / "new" / "demo") as directory,
-    ):
-        (directory / "half.txt").write_text("half")
-        raise error
+    def fail_half_way():
+        with files.output_directory(tmp_path / "new" / "demo") as directory:
+            (directory / "half.txt").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        fail_half_way()
     assert raised.value is error
     assert listing(tmp_path) == []
 
@@ -136,7 +137,7 @@ def test_output_directory_leaves_nothing_on_an_exception(tmp_path, error):
 )
 def test_output_directory_says_that_the_disk_is_full(tmp_path, error):
     with (
-        pytest.raises(UserError, match="no space left to write .*demo"),
+        pytest.raises(UserError, match=r"no space left to write .*demo"),
         files.output_directory(tmp_path / "demo"),
     ):
         raise error
@@ -170,8 +171,8 @@ def test_output_directory_overwrites_whole_or_not_at_all(tmp_path):
     target = tmp_path / "demo"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    with pytest.raises(ValueError), files.output_directory(target, overwrite=True):
-        raise ValueError
+    with pytest.raises(ValueError, match="mine"), files.output_directory(target, overwrite=True):
+        raise ValueError("mine")
     assert listing(tmp_path) == ["demo", "demo/old.txt"]
     with files.output_directory(target, overwrite=True) as directory:
         (directory / "new.txt").write_text("new")
