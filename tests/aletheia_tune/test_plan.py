@@ -409,7 +409,7 @@ def test_a_key_that_peft_would_match_to_another_module_is_an_error():
     plan = Plan({"layers.0.self_attn.q_proj": ModulePlan(2, 4.0)}, 2, "layers")
     with pytest.raises(
         UserError,
-        match=r"adapt 'vision\.layers\.0\.self_attn\.q_proj', through the plan's 'layers\.0\.self_attn\.q_proj'",
+        match=r"'vision\.layers\.0\.self_attn\.q_proj', through .*'layers\.0\.self_attn\.q_proj'",
     ):
         plan.to_lora_config(Outer())
 
