@@ -27,7 +27,7 @@ class _Commands(TyperGroup):
             print(f"aletheia: error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
-            print(f"aletheia: {interrupt or 'interrupted; nothing was written'}", file=sys.stderr)
+            print(f"aletheia: {str(interrupt) or 'interrupted; nothing was written'}", file=sys.stderr)
             raise typer.Exit(130) from None
 
 

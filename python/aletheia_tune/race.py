@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +251,8 @@ def race(
         RuntimeError: an arm failed otherwise, with that arm's traceback.
     """
     names = [arm.name for arm in arms]
-    if not arms or len(set(names)) < len(names) or any(Path(name).name != name or not name for name in names):
+    usable = [name for name in names if Path(name).name == name and name not in ("", "..", "race.json")]
+    if not arms or len(set(usable)) < len(names):
         raise UserError(f"arms need different names that can be directory names, got {names}")
     if slice_steps < 1:
         raise UserError(f"slice is {slice_steps} steps: it must be at least 1")
@@ -392,7 +393,7 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
     """Run the tasks in turns, one at a time, and return what each came to."""
     context = multiprocessing.get_context("spawn")
     finished: dict[int, dict[str, Any]] = {}
-    running: dict[int, tuple[BaseProcess, Connection]] = {}
+    running: dict[int, tuple[SpawnProcess, Connection]] = {}
     try:
         with _environment(ALLOCATOR):
             for index, task in enumerate(tasks):
@@ -427,7 +428,7 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
     return [finished[index] for index in range(len(tasks))]
 
 
-def _turn(name: str, process: BaseProcess, pipe: Connection) -> Any:
+def _turn(name: str, process: SpawnProcess, pipe: Connection) -> Any:
     """Let an arm compute until it gives the baton back or ends."""
     try:
         pipe.send("go")

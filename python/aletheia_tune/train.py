@@ -268,6 +268,8 @@ def load_model(
     ):
         raise UserError(f"model directory {model_dir} does not exist")
     source = str(path) if local else str(model_dir)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -278,6 +280,9 @@ def load_model(
         raise UserError(
             f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
         ) from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     return model, tokenizer
 
 
@@ -328,9 +333,9 @@ def fine_tune(
     is the wrapper.
 
     If the loss or the norm of the gradients stops being finite, the adapter goes back to the last weights
-    whose loss was finite, those are saved with the reason under "stopped", and the error is raised. Ctrl-C
-    saves what there is likewise. If no loss was ever finite there is nothing worth keeping, and nothing is
-    written.
+    that gave a finite loss and finite gradients, those are saved with the reason under "stopped", and the
+    error is raised. Ctrl-C saves what there is likewise. If no loss was ever finite there is nothing worth
+    keeping, and nothing is written.
 
     Args:
         model: the pretrained model, without adapters; moved to the accelerator if there is one.
@@ -357,6 +362,8 @@ def fine_tune(
         peft_model = get_peft_model(model, plan.to_lora_config(model))
         run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config)
         progress = _ShowProgress(run, Console(stderr=True, quiet=not config.progress))
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
         report: PatchReport | None = None
         head = LabelledHead(False, "kernels are off")
@@ -397,12 +404,11 @@ def fine_tune(
 
 
 class _NonFinite(Exception):
-    """A loss or gradient norm is not finite; `weights_good` if the present weights gave a finite loss."""
+    """A loss or gradient norm is not finite; `step` counts from 1."""
 
-    def __init__(self, what: str, value: float, step: int, *, weights_good: bool) -> None:
+    def __init__(self, what: str, value: float, step: int) -> None:
         super().__init__(f"the {what} became {value} at step {step}")
         self.step = step
-        self.weights_good = weights_good
 
 
 class _Run(TrainerCallback):
@@ -429,7 +435,7 @@ class _Run(TrainerCallback):
     def evaluate(self) -> None:
         loss = held_out_loss(self.model, self.eval_examples, self.collator, self.config.eval_batch_size)
         if not math.isfinite(loss):
-            raise _NonFinite("held-out loss", loss, len(self.history), weights_good=False)
+            raise _NonFinite("held-out loss", loss, len(self.history))
         self.worth_keeping = True
         self.evals.append(EvalRecord(len(self.history), self.seconds, loss))
 
@@ -491,10 +497,11 @@ class _Run(TrainerCallback):
 
     def _stopped_by(self, error: _NonFinite, out_dir: str | os.PathLike[str]) -> NonFiniteLoss:
         """Go back to the last good weights, and the error to raise once they are saved."""
-        updates = len(self.history)
-        if not error.weights_good and updates:
+        # Good are weights that were seen to give a finite loss and finite gradients, so not the last
+        # update's.
+        if self.history:
             self._go_back()
-            updates -= 1
+        updates = max(len(self.history) - 1, 0)
         if not self.worth_keeping:
             return NonFiniteLoss(
                 f"{error}, before any update, and nothing was written: "
@@ -520,8 +527,7 @@ class _Run(TrainerCallback):
 
     def _go_back(self) -> None:
         assert self._before_update is not None
-        with torch.no_grad():
-            torch._foreach_copy_(self.adapters, self._before_update)
+        torch._foreach_copy_([parameter.data for parameter in self.adapters], self._before_update)
 
 
 class _Trainer(Trainer):
@@ -535,13 +541,13 @@ class _Trainer(Trainer):
         self.run.step_tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
-            raise _NonFinite("loss", loss.item(), len(self.run.history) + 1, weights_good=False)
+            raise _NonFinite("loss", loss.item(), len(self.run.history) + 1)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(float(norm)):
-            raise _NonFinite("gradient norm", float(norm), len(self.run.history) + 1, weights_good=True)
+            raise _NonFinite("gradient norm", float(norm), len(self.run.history) + 1)
         return norm
 
 
@@ -598,8 +604,6 @@ def _trainer(
         num_train_epochs=config.epochs if config.epochs is not None else 1.0,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup,
@@ -620,7 +624,7 @@ def _trainer(
     trainer = _Trainer(
         model=run.model,
         args=arguments,
-        train_dataset=train_examples,  # type: ignore[arg-type]  # a sequence serves as a map-style dataset
+        train_dataset=train_examples,
         data_collator=run.collator,
         callbacks=callbacks,
     )
@@ -639,7 +643,11 @@ def _apply_kernels(run: _Run, train_examples: Sequence[Example]) -> PatchReport:
 
 
 def _report_dict(report: PatchReport) -> dict[str, Any]:
-    return {"summary": str(report), "modules": [dataclasses.asdict(entry) for entry in report.entries]}
+    modules = [
+        {"module": e.module, "path": e.path, "reason": e.reason, "siblings": list(e.siblings)}
+        for e in report.entries
+    ]
+    return {"summary": str(report), "modules": modules}
 
 
 def _peak_memory_mb(model: nn.Module) -> float:

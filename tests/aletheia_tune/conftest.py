@@ -1,0 +1,76 @@
+"""A language model small enough to train in a second, with a tokenizer and data of its own, all made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Threads cost more than they bring at this size, and far more on a machine that others share.
+torch.set_num_threads(1)
+
+LETTERS = [chr(ord("a") + index) for index in range(26)]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "repeat", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 layers and its tokenizer, as save_pretrained leaves them (float32)."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _write(path: Path, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            words = " ".join(draw.choices(LETTERS[:6], k=draw.randint(2, 9)))
+            file.write(json.dumps({"prompt": f"repeat {words}", "completion": words}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 examples of prompt and completion, one JSON object a line."""
+    return _write(tmp_path_factory.mktemp("data") / "train.jsonl", 48, seed=1)
+
+
+@pytest.fixture(scope="session")
+def eval_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 more: no multiple of a batch size, so that means of batch means would show."""
+    return _write(tmp_path_factory.mktemp("data") / "eval.jsonl", 11, seed=2)

@@ -1,0 +1,510 @@
+"""The command line: the chain that a user runs, and one line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from aletheia_tune import cli
+from aletheia_tune.plan import ModulePlan, Plan
+from aletheia_tune.scores import ModuleScore, Scores
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+COMMANDS = ["probe", "plan", "train", "race", "doctor"]
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The `aletheia` command in this process: exit code, stdout, stderr."""
+
+    def invoke(*arguments: Any) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["aletheia", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return invoke
+
+
+def disk(path: Path) -> dict[str, bytes | None]:
+    """Everything under a directory: files with what is in them, directories as None."""
+    return {
+        str(each.relative_to(path)): each.read_bytes() if each.is_file() else None
+        for each in sorted(path.rglob("*"))
+    }
+
+
+def assert_one_line(ran: Ran, *parts: Any) -> None:
+    lines = ran.err.splitlines()
+    errors = [line for line in lines if line.startswith("aletheia: error: ")]
+    assert ran.code == 2, ran
+    assert len(errors) == 1, ran
+    assert errors == lines[-1:]
+    assert "Traceback" not in ran.err
+    for part in parts:
+        assert str(part) in errors[0]
+
+
+class Refuses(NamedTuple):
+    """Checks that a command ends with one line and exit code 2 and leaves the disk as it was."""
+
+    run: Run
+    watched: Path
+
+    def __call__(self, *arguments: Any, says: tuple[Any, ...]) -> None:
+        before = disk(self.watched)
+        assert_one_line(self.run(*arguments), *says)
+        assert disk(self.watched) == before
+
+
+@pytest.fixture
+def refuses(run: Run, tmp_path: Path) -> Refuses:
+    return Refuses(run, tmp_path)
+
+
+@pytest.fixture
+def scores_file(tmp_path: Path) -> Path:
+    modules = {
+        f"model.layers.{layer}.{name}": ModuleScore(layer, 1.0 + layer, *shape, kind)
+        for layer in range(4)
+        for name, shape, kind in (
+            ("self_attn.q_proj", (32, 32), "attention"),
+            ("mlp.up_proj", (32, 48), "mlp"),
+        )
+    }
+    scores = Scores("aletheia", (2.0, 4.0, 6.0, 8.0), modules, "model.layers")
+    path = tmp_path / "scores.json"
+    path.write_text(scores.to_json())
+    return path
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    modules = {
+        f"model.layers.{layer}.{name}": ModulePlan(16, 32.0)
+        for layer in (2, 3)
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(Plan(modules, 4, "model.layers").to_json())
+    return path
+
+
+@pytest.fixture
+def given(tiny_model_dir: Path, train_file: Path, eval_file: Path) -> dict[str, Path | str]:
+    """The options of a sound `aletheia train`, without plan and output."""
+    return {"--model": tiny_model_dir, "--train": train_file, "--eval": eval_file, "--steps": "3"}
+
+
+def options(values: dict[str, Any], **changes: Any) -> list[str]:
+    merged = {**values, **{f"--{name.replace('_', '-')}": value for name, value in changes.items()}}
+    return [str(part) for pair in merged.items() for part in pair]
+
+
+def test_probe_plan_train_in_sequence(run, given, tiny_model_dir, train_file, tmp_path):
+    scores, plan, out = tmp_path / "scores.json", tmp_path / "plan.json", tmp_path / "adapter"
+    ran = run("probe", "--model", tiny_model_dir, "--train", train_file, "--out", scores)
+    assert ran.code == 0, ran
+    assert len(Scores.from_json(scores.read_text()).layers) == 4
+
+    ran = run("plan", "--scores", scores, "--layers", "50%", "--ranks", "by-type", "--out", plan)
+    assert ran.code == 0, ran
+    chosen = Plan.from_json(plan.read_text())
+    assert len(chosen.layers) == 2
+    assert {module.rank for module in chosen.modules.values()} == {16, 64}
+
+    ran = run("train", *options(given, plan=plan, out=out))
+    assert ran.code == 0, ran
+    assert "held-out loss" in ran.out
+    assert Plan.from_json((out / "plan.json").read_text()) == chosen
+    assert json.loads((out / "metrics.json").read_text())["stopped"] is None
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "plan.json", "scores.json"]
+
+
+@pytest.mark.parametrize("switch", ["--faithful", "--sketch"])
+def test_probe_switches(run, tiny_model_dir, train_file, tmp_path, switch):
+    out = tmp_path / "scores.json"
+    ran = run("probe", "--model", tiny_model_dir, "--train", train_file, "--out", out, switch)
+    assert ran.code == 0, ran
+    assert all(score > 0 for score in Scores.from_json(out.read_text()).layers)
+
+
+def test_plan_switches_reach_the_plan(run, scores_file, tmp_path):
+    out = tmp_path / "plan.json"
+    ran = run(
+        *("plan", "--scores", scores_file, "--out", out, "--layers", "75", "--rank", "3", "--alpha", "5"),
+        *("--targets", "up_proj", "--dropout", "0.1"),
+    )
+    assert ran.code == 0, ran
+    plan = Plan.from_json(out.read_text())
+    assert plan.layers == (1, 2, 3)
+    assert set(plan.modules.values()) == {ModulePlan(3, 5.0)}
+    assert plan.dropout == 0.1
+    assert len(plan.modules) == 3
+
+
+def test_race_sets_the_plan_beside_uniform_peft(run, given, plan_file, tmp_path, monkeypatch):
+    from aletheia_tune import race as race_module
+
+    seen: dict[str, Any] = {}
+
+    class Result:
+        def table(self) -> str:
+            return "the table"
+
+    def fake(arms: Any, *paths: Any, **settings: Any) -> Result:
+        seen.update(settings, arms=arms, paths=paths)
+        return Result()
+
+    monkeypatch.setattr(race_module, "race", fake)
+    (tmp_path / "other.txt").write_text("a b c")
+    out = tmp_path / "race"
+    ran = run("race", *options(given, plan=plan_file, out=out, rank=2, other_text=tmp_path / "other.txt"))
+    assert ran.code == 0, ran
+    assert "the table" in ran.out
+    uniform, planned = seen["arms"]
+    assert (uniform.kernels, planned.kernels) == (False, True)
+    assert {module.rank for module in uniform.plan.modules.values()} == {2}
+    assert len(uniform.plan.layers) == 4
+    assert planned.plan == Plan.from_json(plan_file.read_text())
+    assert seen["extra_text"] == "a b c"
+    assert seen["paths"][0] == given["--model"]
+
+
+def test_doctor_passes_here(run):
+    ran = run("doctor")
+    assert ran.code == 0, ran
+    for words in ("torch", "transformers", "lora_group", "weight_grad_norm_sq", "avx2", "ok"):
+        assert words in ran.out
+
+
+def test_doctor_fails_with_a_wrong_operator(run, monkeypatch):
+    import dataclasses
+
+    from aletheia_kernels import selftest
+
+    results = selftest.run()
+    wrong = [dataclasses.replace(results[0], ok=False, error=1.0), *results[1:]]
+    monkeypatch.setattr(selftest, "run", lambda: wrong)
+    ran = run("doctor")
+    assert ran.code == 1
+    assert "wrong" in ran.out
+
+
+def test_doctor_says_why_a_forced_backend_cannot_serve(run, monkeypatch):
+    monkeypatch.setenv("ALETHEIA_BACKEND", "abacus")
+    ran = run("doctor")
+    assert ran.code == 1
+    assert "abacus" in ran.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(run, command):
+    ran = run(command, "--help")
+    assert ran.code == 0
+    assert f"aletheia {command}" in " ".join(ran.out.split())
+    assert "Example:" in ran.out
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys; from aletheia_tune import cli; "
+        "sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_module_is_the_command():
+    ran = subprocess.run(
+        [sys.executable, "-m", "aletheia_tune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in ran.stdout for command in COMMANDS)
+
+
+# Bad input: each one line, exit code 2, the disk untouched.
+
+
+@pytest.mark.parametrize("role", ["--train", "--eval"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"prompt": "repeat a", "completion": "a"}\n{"prompt": "repeat', "line 2"),
+        ('{"prompt": "repeat a", "completion": "a"}\n[]\n', "line 2"),
+        ('{"prompt": "repeat a", "completion": "a"}\n{"prompt": "repeat a"}\n', "line 2"),
+        ('{"question": "a", "answer": "b"}\n', "line 1"),
+        ('{"prompt": "repeat a", "completion": ""}\n', "no completion tokens"),
+    ],
+    ids=["missing", "empty", "blank", "broken", "no-object", "no-field", "unknown-fields", "no-completion"],
+)
+def test_bad_data(refuses, given, plan_file, tmp_path, role, content, says):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    out = tmp_path / "out"
+    refuses("train", *options({**given, role: path}, plan=plan_file, out=out), says=(path, says))
+    if role == "--train":
+        scores = tmp_path / "new.json"
+        refuses("probe", "--model", given["--model"], "--train", path, "--out", scores, says=(path, says))
+
+
+def test_no_completion_left_by_truncation(refuses, given, plan_file, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "repeat " + "a " * 50, "completion": "a"}) + "\n")
+    arguments = options({**given, "--train": path}, plan=plan_file, out=tmp_path / "out", max_length=16)
+    refuses("train", *arguments, says=(path, "no completion tokens", "--max-length"))
+
+
+def test_no_such_field(refuses, given, plan_file, tmp_path):
+    arguments = options(given, plan=plan_file, out=tmp_path / "out", text_field="body")
+    refuses("train", *arguments, says=("line 1", "'body'"))
+    arguments = options(given, plan=plan_file, out=tmp_path / "out", prompt_field="prompt")
+    refuses("train", *arguments, says=("completion field",))
+
+
+@pytest.mark.parametrize("command", ["probe", "train", "race"])
+def test_unknown_model_directory(refuses, given, plan_file, tmp_path, command):
+    model = tmp_path / "nowhere" / "model"
+    if command == "probe":
+        arguments = ["--model", model, "--train", given["--train"], "--out", tmp_path / "new.json"]
+    else:
+        arguments = options({**given, "--model": model}, plan=plan_file, out=tmp_path / "out")
+    refuses(command, *arguments, says=("model directory", model, "does not exist"))
+
+
+def test_model_without_layers(refuses, given, plan_file, tmp_path):
+    model = tmp_path / "flat"
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=0, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(given["--model"]).save_pretrained(model)
+    new = tmp_path / "new.json"
+    says = ("no list of transformer layers",)
+    refuses("probe", "--model", model, "--train", given["--train"], "--out", new, says=says)
+    flat = {**given, "--model": model}
+    refuses("race", *options(flat, plan=plan_file, out=tmp_path / "out"), says=says)
+    refuses(
+        "train", *options(flat, plan=plan_file, out=tmp_path / "out"), says=("model.layers.2.mlp.up_proj",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--targets", "w_proj"], "w_proj"),
+        (["--rank", "0"], "rank"),
+        (["--rank", "-4"], "rank"),
+        (["--ranks", "by-type", "--attention-rank", "0"], "rank"),
+        (["--ranks", "by-type", "--mlp-rank", "-1"], "rank"),
+        (["--ranks", "by-score", "--budget", "3"], "3"),
+        (["--layers", "0%"], "0"),
+        (["--layers", "-5%"], "-5"),
+        (["--layers", "100.5%"], "100.5"),
+        (["--layers", "nan"], "nan"),
+        (["--layers", "half"], "half"),
+        (["--alpha", "0"], "alpha"),
+        (["--dropout", "1"], "dropout"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_plan_choices(refuses, scores_file, tmp_path, arguments, says):
+    refuses("plan", "--scores", scores_file, "--out", tmp_path / "new.json", *arguments, says=(says,))
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"format": "aletheia-plan"}'])
+def test_scores_that_are_none(refuses, tmp_path, content):
+    path = tmp_path / "s.json"
+    if content is not None:
+        path.write_text(content)
+    refuses("plan", "--scores", path, "--out", tmp_path / "new.json", says=("scores",))
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"format": "aletheia-scores"}'])
+def test_plans_that_are_none(refuses, given, tmp_path, content):
+    path = tmp_path / "p.json"
+    if content is not None:
+        path.write_text(content)
+    refuses("train", *options(given, plan=path, out=tmp_path / "out"), says=("plan",))
+
+
+def test_a_plan_of_another_model(refuses, given, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(Plan({"model.layers.9.mlp.up_proj": ModulePlan(4, 8.0)}, 10, "model.layers").to_json())
+    refuses("train", *options(given, plan=path, out=tmp_path / "out"), says=("model.layers.9.mlp.up_proj",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": 1}, "steps and epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": -1}, "learning rate"),
+        ({"max_length": 1}, "max length"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_bad_training_settings(refuses, given, plan_file, tmp_path, changes, says):
+    refuses("train", *options(given, plan=plan_file, out=tmp_path / "out", **changes), says=(says,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"batches": 0}, "number of batches"), ({"batch_size": 0}, "batch size")]
+)
+def test_bad_probe_settings(refuses, given, tmp_path, changes, says):
+    values = {"--model": given["--model"], "--train": given["--train"], "--out": tmp_path / "new.json"}
+    refuses("probe", *options(values, **changes), says=(says,))
+
+
+def test_a_race_of_rank_zero(refuses, given, plan_file, tmp_path):
+    refuses("race", *options(given, plan=plan_file, out=tmp_path / "out", rank=0), says=("rank",))
+
+
+@pytest.mark.parametrize("command", ["train", "race"])
+def test_output_directory_that_is_not_empty(refuses, given, plan_file, tmp_path, command, monkeypatch):
+    from aletheia_tune import train
+
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("work began"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    refuses(command, *options(given, plan=plan_file, out=out), says=(out, "--overwrite"))
+    refuses(command, *options(given, plan=plan_file, out=out / "mine.txt"), says=("mine.txt",))
+
+
+def test_output_file_that_exists(refuses, given, scores_file, tmp_path, monkeypatch):
+    from aletheia_tune import train
+
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("work began"))
+    probe = ("probe", "--model", given["--model"], "--train", given["--train"])
+    refuses(*probe, "--out", scores_file, says=(scores_file, "--overwrite"))
+    refuses(*probe, "--out", tmp_path / "no" / "s.json", says=("does not exist",))
+    refuses("plan", "--scores", scores_file, "--out", scores_file, says=(scores_file, "--overwrite"))
+
+
+def test_overwrite(run, given, plan_file, scores_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    assert run("train", *options(given, plan=plan_file, out=out), "--overwrite").code == 0
+    assert not (out / "old.txt").exists()
+    assert run("plan", "--scores", scores_file, "--out", plan_file, "--overwrite").code == 0
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(run, given, plan_file, tmp_path):
+    out = tmp_path / "out"
+    arguments = options({**given, "--steps": "9"}, plan=plan_file, out=out, learning_rate="1e30", warmup=0)
+    ran = run("train", *arguments)
+    assert_one_line(ran, "at step 2", out)
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert "at step 2" in metrics["stopped"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json"]
+
+
+def small_files_only(limit: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process in which every write beyond `limit` bytes of a file fails."""
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from aletheia_tune.cli import main; main()"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_no_space_left_for_the_plan(scores_file, tmp_path):
+    before = disk(tmp_path)
+    ran = small_files_only(200, "plan", "--scores", scores_file, "--out", tmp_path / "new.json")
+    assert_one_line(Ran(ran.returncode, ran.stdout, ran.stderr), "no space left", tmp_path / "new.json")
+    assert disk(tmp_path) == before
+
+
+@pytest.mark.parametrize("limit", [1000, 7000], ids=["first-file", "adapter"])
+def test_no_space_left_for_the_adapter(given, plan_file, tmp_path, limit):
+    before = disk(tmp_path)
+    ran = small_files_only(limit, "train", *options(given, plan=plan_file, out=tmp_path / "out"))
+    assert_one_line(Ran(ran.returncode, ran.stdout, ran.stderr), "no space left", tmp_path / "out")
+    assert disk(tmp_path) == before
+
+
+def test_interrupt_keeps_the_adapter_and_says_so(given, plan_file, tmp_path):
+    out = tmp_path / "out"
+    arguments = options({**given, "--steps": "1000000"}, plan=plan_file, out=out)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aletheia_tune", "train", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read().splitlines()
+    assert process.wait() == 130
+    assert rest[-1].startswith("aletheia: interrupted after step ")
+    assert str(out) in rest[-1]
+    assert "Traceback" not in "\n".join(rest)
+    assert (out / "adapter_model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json"]
+
+
+def test_interrupt_elsewhere_is_one_line(run, scores_file, tmp_path, monkeypatch):
+    from aletheia_tune import plan
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "make_plan", stop)
+    ran = run("plan", "--scores", scores_file, "--out", tmp_path / "new.json")
+    assert ran == Ran(130, "", "aletheia: interrupted; nothing was written\n")
+
+
+def test_usage_errors_exit_with_2(run, scores_file):
+    assert run("plan", "--scores", scores_file).code == 2  # no --out
+    assert run("plan", "--scores", scores_file, "--out", "x", "--rank", "many").code == 2
+    assert run("fly").code == 2
+
+
+def test_an_error_of_the_program_keeps_its_traceback(run, scores_file, tmp_path, monkeypatch):
+    from aletheia_tune import plan
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(plan, "make_plan", broken)
+    monkeypatch.setattr(sys, "argv", ["aletheia", "plan", "--scores", str(scores_file), "--out", "x"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()

@@ -1,0 +1,415 @@
+"""Training: what is measured, what is written, and how it ends when it ends early."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from aletheia_tune import train
+from aletheia_tune.data import Collator, load_examples
+from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
+from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+CONFIG = TrainConfig(
+    steps=6, batch_size=4, learning_rate=1e-2, warmup=0, dtype="float32", progress=False, schedule="constant"
+)
+WRITTEN = ["README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "plan.json"]
+
+Tune = Callable[..., TrainResult]
+
+
+def plan_on(layers: tuple[int, ...], dropout: float = 0.0) -> Plan:
+    names = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+    modules = {
+        f"model.layers.{layer}.{name}": ModulePlan(4 + index, 8.0)
+        for layer in layers
+        for index, name in enumerate(names)
+    }
+    return Plan(modules, num_layers=4, layer_path="model.layers", dropout=dropout)
+
+
+PLAN = plan_on((2, 3))
+
+
+@pytest.fixture
+def tune(tiny_model_dir: Path, train_file: Path, eval_file: Path) -> Tune:
+    """fine_tune on a fresh copy of the tiny model."""
+
+    def run(out: Path, config: TrainConfig = CONFIG, plan: Plan = PLAN, **options: Any) -> TrainResult:
+        model, tokenizer = load_model(tiny_model_dir, config.dtype)
+        for change in options.pop("changes", ()):
+            change(model)
+        examples, held_out = load_examples(train_file, tokenizer), load_examples(eval_file, tokenizer)
+        return fine_tune(model, tokenizer, examples, held_out, plan, config, out, **options)
+
+    return run
+
+
+class At(TrainerCallback):
+    """Does something to the model when a step begins."""
+
+    def __init__(self, step: int, act: Callable[[Any], None]) -> None:
+        self.step = step
+        self.act = act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.act(model)
+
+
+def saved_adapter(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def assert_same_adapter(out: Path, other: Path) -> None:
+    mine, theirs = saved_adapter(out), saved_adapter(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_learns_and_writes_what_it_says(tune, tmp_path):
+    out = tmp_path / "out"
+    config = dataclasses.replace(CONFIG, steps=60, eval_every=25)
+    result = tune(out, config)
+    assert sorted(path.name for path in out.iterdir()) == WRITTEN
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [record.step for record in result.history] == list(range(1, 61))
+    assert [record.step for record in result.evals] == [0, 25, 50, 60]
+    assert result.eval_loss_after < result.eval_loss_before - 0.1
+    assert result.history[-1].loss < result.history[0].loss
+    assert result.stopped is None
+    assert result.prefix_layers == 2
+    assert result.trainable_parameters == sum(tensor.numel() for tensor in saved_adapter(out).values())
+    assert result.trainable_parameters == PLAN.trainable_parameters(result.model)
+    seconds = [record.seconds for record in result.history]
+    assert all(later > sooner > 0 for sooner, later in itertools.pairwise(seconds))
+    assert all(record.grad_norm > 0 and record.learning_rate == 1e-2 for record in result.history)
+    assert result.peak_memory_mb > 0
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert TrainResult.from_dict(metrics) == dataclasses.replace(result, model=None)
+    assert metrics["config"] == dataclasses.asdict(config)
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert {module["path"] for module in metrics["patch_report"]["modules"]} == {"kernel"}
+    assert metrics["head"] == "labelled rows"
+    assert Plan.from_json((out / "plan.json").read_text()) == PLAN
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stock_peft_loads_the_adapter(tune, tmp_path, tiny_model_dir, dtype):
+    result = tune(tmp_path / "out", dataclasses.replace(CONFIG, dtype=dtype))
+    assert {tensor.dtype for tensor in saved_adapter(tmp_path / "out").values()} == {torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=getattr(torch, dtype))
+    stock = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        expected = stock(input_ids=ids).logits
+        with stock.disable_adapter():
+            assert not torch.equal(expected, stock(input_ids=ids).logits)
+        assert torch.equal(result.model.eval()(input_ids=ids).logits, expected)
+
+
+def test_base_weights_stay_frozen_and_adapters_are_float32(tune, tmp_path, tiny_model_dir):
+    result = tune(tmp_path / "out", dataclasses.replace(CONFIG, dtype="bfloat16"))
+    pristine, _ = load_model(tiny_model_dir, "bfloat16")
+    weights = dict(pristine.named_parameters())
+    for name, parameter in result.model.get_base_model().named_parameters():
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32
+        else:
+            assert torch.equal(parameter, weights[name.replace(".base_layer", "")])
+
+
+def test_held_out_loss_is_the_mean_over_tokens(tiny_model_dir, eval_file):
+    model, tokenizer = load_model(tiny_model_dir, "float32")
+    examples = load_examples(eval_file, tokenizer)
+    total, count, means = 0.0, 0, []
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
+        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        picked = [-logprobs[at, label].item() for at, label in enumerate(labels[1:]) if label != -100]
+        total, count, means = total + sum(picked), count + len(picked), [*means, sum(picked) / len(picked)]
+    model.train()
+    for batch_size in (1, 4, 100):
+        loss = held_out_loss(model, examples, Collator(tokenizer.pad_token_id), batch_size)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+    assert sum(means) / len(means) != pytest.approx(total / count, rel=1e-5)  # the lengths are unequal
+
+
+def test_kernels_give_the_losses_of_plain_peft(tune, tmp_path):
+    fast = tune(tmp_path / "fast")
+    plain = tune(tmp_path / "plain", dataclasses.replace(CONFIG, kernels=False))
+    assert plain.patch_report is None
+    assert plain.head == "all rows: kernels are off"
+    for mine, theirs in zip(fast.history, plain.history, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+
+
+def test_the_seed_alone_decides(tune, tmp_path):
+    again = [tune(tmp_path / name, plan=plan_on((2, 3), dropout=0.2)) for name in ("first", "second")]
+    assert_same_adapter(tmp_path / "first", tmp_path / "second")
+    assert [r.loss for r in again[0].history] == [r.loss for r in again[1].history]
+
+
+def test_every_plan_sees_the_same_batches(tune, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=14)  # into the second epoch
+    few = tune(tmp_path / "few", config)
+    many = tune(tmp_path / "many", dataclasses.replace(config, kernels=False), plan_on((0, 1, 2)))
+    other = tune(tmp_path / "other", dataclasses.replace(config, seed=1))
+    tokens = [record.tokens for record in few.history]
+    assert tokens == [record.tokens for record in many.history]
+    assert tokens != [record.tokens for record in other.history]
+    assert few.history[0].loss == pytest.approx(many.history[0].loss, rel=1e-5)  # adapters begin as zero
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tune, tmp_path):
+    plain = tune(tmp_path / "plain")
+    thrifty = tune(tmp_path / "thrifty", dataclasses.replace(CONFIG, gradient_checkpointing=True))
+    assert thrifty.prefix_layers == 2
+    for mine, theirs in zip(thrifty.history, plain.history, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+
+
+def test_accumulation_is_a_larger_batch(tune, tmp_path):
+    whole = tune(tmp_path / "whole")
+    parts = tune(tmp_path / "parts", dataclasses.replace(CONFIG, batch_size=2, gradient_accumulation=2))
+    for mine, theirs in zip(parts.history, whole.history, strict=True):
+        assert mine.tokens == theirs.tokens
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+
+
+def test_epochs_are_passes_over_the_examples(tune, tmp_path):
+    result = tune(tmp_path / "out", dataclasses.replace(CONFIG, steps=None, epochs=0.5))
+    assert len(result.history) == 6  # half of 48 examples in batches of 4
+
+
+def test_evaluation_is_in_no_time_of_training(tune, tmp_path, monkeypatch):
+    clock = itertools.count()
+    evaluate = train.held_out_loss
+
+    def slow(*args: Any) -> float:
+        for _ in range(10_000):
+            next(clock)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(train, "held_out_loss", slow)
+    result = tune(tmp_path / "out", dataclasses.replace(CONFIG, eval_every=1))
+    assert [record.step_seconds for record in result.history] == [1.0] * 6
+    assert result.history[-1].seconds == 6.0
+    assert result.tokens_per_second == sum(record.tokens for record in result.history) / 6
+
+
+def test_progress_off_a_terminal_is_plain_lines_on_stderr(tune, tmp_path, capsys):
+    tune(tmp_path / "out", dataclasses.replace(CONFIG, steps=40, progress=True))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 11
+    assert lines[0].startswith("step 1/40  loss ")
+    assert "tokens/s" in lines[-1]
+    assert lines[-1].endswith("0 s left")
+
+
+def break_weights(model: Any) -> None:
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+
+def break_gradients(model: Any) -> None:
+    next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("act", "what"),
+    [(break_weights, "the loss became nan"), (break_gradients, "the gradient norm became inf")],
+)
+def test_not_finite_keeps_the_last_good_adapter(tune, tmp_path, act, what):
+    out = tmp_path / "out"
+    with pytest.raises(NonFiniteLoss, match=f"{what} at step 4; .* after 2 good updates") as e:
+        tune(out, callbacks=[At(4, act)])
+    assert e.value.step == 4
+    assert sorted(path.name for path in out.iterdir()) == WRITTEN
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["stopped"] == str(e.value)
+    assert len(metrics["history"]) == 3
+    assert metrics["eval_loss_after"] is None
+    tune(tmp_path / "short", dataclasses.replace(CONFIG, steps=2))
+    assert_same_adapter(out, tmp_path / "short")
+
+
+def test_a_rate_beyond_reason_keeps_the_untrained_adapter(tune, tmp_path):
+    with pytest.raises(NonFiniteLoss) as caught:
+        tune(tmp_path / "out", dataclasses.replace(CONFIG, learning_rate=1e30))
+    assert caught.value.step == 2
+    adapter = saved_adapter(tmp_path / "out")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+    assert all((tensor == 0).all() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_a_gradient_norm_that_overflows_is_not_finite(tune, tmp_path):
+    def swell(model: Any) -> None:
+        next(p for p in model.parameters() if p.requires_grad).register_hook(
+            lambda grad: grad.clamp(1) * 1e38
+        )
+
+    with pytest.raises(NonFiniteLoss, match="the gradient norm became inf at step 2"):
+        tune(tmp_path / "out", callbacks=[At(2, swell)])
+
+
+def test_a_broken_model_leaves_nothing_behind(tune, tmp_path):
+    def poison(model: Any) -> None:
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+
+    with pytest.raises(NonFiniteLoss, match="nothing was written") as caught:
+        tune(tmp_path / "out", changes=[poison])
+    assert caught.value.step == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupt(_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupt_keeps_the_adapter_so_far(tune, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="after step 2; the adapter so far is in"):
+        tune(tmp_path / "out", callbacks=[At(3, interrupt)])
+    assert "interrupted" in json.loads((tmp_path / "out" / "metrics.json").read_text())["stopped"]
+    tune(tmp_path / "short", dataclasses.replace(CONFIG, steps=2))
+    assert_same_adapter(tmp_path / "out", tmp_path / "short")
+
+
+def test_interrupt_within_an_update_undoes_it(tune, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def half(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, *args, **kwargs)
+        if self.state and max(state["step"] for state in self.state.values()) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(KeyboardInterrupt, match="after step 2"):
+        tune(tmp_path / "out")
+    monkeypatch.undo()
+    tune(tmp_path / "short", dataclasses.replace(CONFIG, steps=2))
+    assert_same_adapter(tmp_path / "out", tmp_path / "short")
+
+
+def test_interrupt_before_the_first_step_writes_nothing(tune, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="nothing was written"):
+        tune(tmp_path / "out", callbacks=[At(1, interrupt)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_directory_is_refused_before_any_work(tune, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_peft_model", lambda *_: pytest.fail("work began"))
+        with pytest.raises(UserError, match="--overwrite"):
+            tune(out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    tune(out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == WRITTEN
+
+
+def test_a_plan_for_another_model_is_refused(tune, tmp_path):
+    foreign = Plan(
+        {"model.layers.2.attn.c_attn": ModulePlan(4, 8.0)}, num_layers=4, layer_path="model.layers"
+    )
+    with pytest.raises(UserError, match="c_attn"):
+        tune(tmp_path / "out", plan=foreign)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path):
+    model, tokenizer = load_model(tiny_model_dir, "float32")
+    plan = uniform_plan(model, rank=2)
+    result = fine_tune(
+        model, tokenizer, load_examples(train_file, tokenizer), None, plan, CONFIG, tmp_path / "out"
+    )
+    assert result.evals == ()
+    assert result.eval_loss_before is result.eval_loss_after is None
+    assert result.prefix_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"steps": 5, "epochs": 1.0}, "exclude each other"),
+        ({"steps": 0}, "steps is 0"),
+        ({"epochs": -1.0}, "epochs is -1.0"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation is 0"),
+        ({"learning_rate": 0.0}, "learning rate is 0.0"),
+        ({"learning_rate": float("nan")}, "learning rate is nan"),
+        ({"warmup": -1.0}, "warmup is -1.0"),
+        ({"schedule": "cosinus"}, "schedule 'cosinus' is unknown"),
+        ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+    ],
+)
+def test_settings_that_cannot_be_meant(options, line):
+    with pytest.raises(UserError, match=line):
+        TrainConfig(**options)
+
+
+def test_models_that_cannot_be_loaded(tiny_model_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no-weights").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "no-weights" / name).write_bytes((tiny_model_dir / name).read_bytes())
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "nobody-knows"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for name, line in {
+        "missing": "does not exist",
+        "file": "is a file",
+        "empty": "has no config.json",
+        "no-weights": "cannot load a model",
+        "strange": "cannot load a model",
+        "broken": "cannot load a model",
+    }.items():
+        with pytest.raises(UserError, match=line) as caught:
+            load_model(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="dtype 'int8'"):
+        load_model(tiny_model_dir, "int8")
+
+
+def test_pickled_weights_are_not_read(tiny_model_dir, tmp_path):
+    model, tokenizer = load_model(tiny_model_dir, "float32")
+    tokenizer.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load a model"):
+        load_model(tmp_path)
+
+
+def test_metrics_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="not aletheia metrics"):
+        TrainResult.from_dict({"format": "something"})
+    with pytest.raises(UserError, match="not aletheia metrics"):
+        TrainResult.from_dict({"format": "aletheia-metrics", "version": 2})
