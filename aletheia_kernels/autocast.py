@@ -1,4 +1,4 @@
-"""Operators compute in the dtypes they are given: autocast, which would re-cast their inner products, is left outside."""
+"""Operators compute in the dtypes they are given: autocast, which would re-cast inner products, stays outside."""
 
 from __future__ import annotations
 

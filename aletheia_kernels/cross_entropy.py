@@ -98,7 +98,8 @@ def linear_cross_entropy(
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
     torch._check(
-        not torch.is_grad_enabled() or not (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        not torch.is_grad_enabled()
+        or not (weight.requires_grad or (bias is not None and bias.requires_grad)),
         lambda: "weight: expected a frozen head; linear_cross_entropy computes no gradient for it",
     )
     needs_dh = torch.is_grad_enabled() and h.requires_grad

@@ -34,9 +34,7 @@ def _check_pair(x: Tensor, dy: Tensor) -> None:
 @torch.library.custom_op("aletheia::weight_grad_norm_sq", mutates_args=())
 def _weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
     _check_pair(x, dy)
-    torch._check(
-        method in METHODS, lambda: f"method: expected one of {', '.join(METHODS)}, got {method!r}"
-    )
+    torch._check(method in METHODS, lambda: f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     with outside_autocast(x):
         return implementation(x.device.type, x.dtype).weight_grad_norm_sq(x, dy, method)
 

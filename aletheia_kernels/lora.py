@@ -74,7 +74,9 @@ def _check(
         for tensor in (weight, bias, lora_A, lora_B):
             torch._check(
                 tensor is None or tensor.device == x.device,
-                lambda i=i, t=tensor: f"projection {i}: expected tensors on {x.device}, got one on {t.device}",
+                lambda i=i, t=tensor: (
+                    f"projection {i}: expected tensors on {x.device}, got one on {t.device}"
+                ),
             )
 
 
@@ -124,12 +126,14 @@ def _(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weights, _biases, lora_As, lora_Bs, scalings, dropout_p, seed = inputs
+    x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed = inputs
     _ys, h = output
     ctx.save_for_backward(x, h, seed, *weights, *lora_As, *lora_Bs)
     ctx.count = len(weights)
     ctx.scalings = scalings
     ctx.dropout_p = dropout_p
+    # torch.library wants a list of gradients for a list of tensors, but one gradient for a list that holds a None.
+    ctx.no_dbias = None if any(b is None for b in biases) else [None] * len(biases)
 
 
 def _backward(ctx: Any, dys: list[Tensor], _dh: Tensor) -> tuple:
@@ -139,7 +143,7 @@ def _backward(ctx: Any, dys: list[Tensor], _dh: Tensor) -> tuple:
     dx, dAs, dBs = _lora_group_backward(
         dys, x, h, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.scalings, ctx.dropout_p, seed, needs_dx
     )
-    return dx if needs_dx else None, [None] * n, None, dAs, dBs, None, None, None
+    return dx if needs_dx else None, [None] * n, ctx.no_dbias, dAs, dBs, None, None, None
 
 
 _lora_group.register_autograd(_backward, setup_context=_setup_context)

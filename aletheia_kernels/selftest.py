@@ -49,9 +49,7 @@ def _lora(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         return [*(y.detach() for y in ys), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     def operator(x: Tensor, As: list[Tensor], Bs: list[Tensor], _: torch.dtype) -> list[Tensor]:
-        return aletheia_kernels.lora_group(
-            x, weights, biases, As, Bs, [2.0, 0.5], dropout_p=0.25, seed=seed
-        )
+        return aletheia_kernels.lora_group(x, weights, biases, As, Bs, [2.0, 0.5], dropout_p=0.25, seed=seed)
 
     def plain(x: Tensor, As: list[Tensor], Bs: list[Tensor], as_dtype: torch.dtype) -> list[Tensor]:
         wide_biases = [b if b is None else b.to(as_dtype) for b in biases]

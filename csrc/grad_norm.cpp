@@ -2,6 +2,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <vector>
 
 #include "clones.h"
@@ -13,44 +14,65 @@ namespace {
 // A tile of the gradient is kept near this many elements, so that it is squared and summed while still in cache.
 constexpr int64_t kTileElements = 1 << 18;
 constexpr int64_t kTokenBlock = 512;
+// Rounding error of one Gram term in units of float32's ε (dot products of about a thousand terms), and the relative
+// error that the automatic choice lets the Gram form have.
+constexpr double kGramNoiseUnits = 16.0, kGramTolerance = 1e-5;
 
 at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Σ a_i b_i: sixteen float lanes a run of 4,096 elements, runs added in double.
+struct Sums {
+  double first = 0.0;   // Σ p
+  double second = 0.0;  // Σ p²
+};
+
+// Σ p and Σ p² of the products p_i = a_i b_i: sixteen float lanes a run of 4,096 elements, runs added in double.
 template <typename T>
-ALETHEIA_CLONES double sum_of_products_range(const T* a, const T* b, int64_t count) {
+ALETHEIA_CLONES Sums product_sums_range(const T* a, const T* b, int64_t count) {
   constexpr int64_t kLanes = 16, kRun = 4096;
   using Lane = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  double total = 0.0;
+  Sums total;
   for (int64_t start = 0; start < count; start += kRun) {
     const int64_t end = std::min(start + kRun, count), full = start + (end - start) / kLanes * kLanes;
-    Lane lanes[kLanes] = {};
+    Lane first[kLanes] = {}, second[kLanes] = {};
     for (int64_t i = start; i < full; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane)
-        lanes[lane] += static_cast<Lane>(a[i + lane]) * static_cast<Lane>(b[i + lane]);
-    for (int64_t i = full; i < end; ++i) lanes[0] += static_cast<Lane>(a[i]) * static_cast<Lane>(b[i]);
-    for (const Lane lane : lanes) total += lane;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const Lane p = static_cast<Lane>(a[i + lane]) * static_cast<Lane>(b[i + lane]);
+        first[lane] += p;
+        second[lane] += p * p;
+      }
+    for (int64_t i = full; i < end; ++i) {
+      const Lane p = static_cast<Lane>(a[i]) * static_cast<Lane>(b[i]);
+      first[0] += p;
+      second[0] += p * p;
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      total.first += first[lane];
+      total.second += second[lane];
+    }
   }
   return total;
 }
 
-// Σ a ⊙ b over two contiguous tensors of one shape; partial sums are added in a fixed order.
-double sum_of_products(const at::Tensor& a, const at::Tensor& b) {
+// The same over two contiguous tensors of one shape; partial sums are added in a fixed order.
+Sums product_sums(const at::Tensor& a, const at::Tensor& b) {
   constexpr int64_t kGrain = 32768;
   const int64_t count = a.numel(), chunks = (count + kGrain - 1) / kGrain;
-  std::vector<double> partial(chunks, 0.0);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.scalar_type(), "aletheia_dot", [&] {
+  std::vector<Sums> partial(chunks);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.scalar_type(), "aletheia_product_sums", [&] {
     const scalar_t* left = a.const_data_ptr<scalar_t>();
     const scalar_t* right = b.const_data_ptr<scalar_t>();
     at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t begin = chunk * kGrain;
-        partial[chunk] = sum_of_products_range(left + begin, right + begin, std::min(kGrain, count - begin));
+        partial[chunk] = product_sums_range(left + begin, right + begin, std::min(kGrain, count - begin));
       }
     });
   });
-  double total = 0.0;
-  for (const double part : partial) total += part;
+  Sums total;
+  for (const Sums& part : partial) {
+    total.first += part.first;
+    total.second += part.second;
+  }
   return total;
 }
 
@@ -62,15 +84,21 @@ double by_tiles(const at::Tensor& x, const at::Tensor& dy) {
     const int64_t count = std::min(rows, dy.size(1) - start);
     at::Tensor tile = buffer.narrow(0, 0, count);
     at::mm_out(tile, dy.narrow(1, start, count).t(), x);
-    total += sum_of_products(tile, tile);
+    total += product_sums(tile, tile).first;
   }
   return total;
 }
 
-double by_gram(const at::Tensor& x, const at::Tensor& dy) {
-  // Gram entries of both signs cancel in the sum, so they are formed from operands widened to float32.
+struct Gram {
+  double total;
+  bool trusted;
+};
+
+// Gram entries of both signs cancel, so they are formed from operands widened to float32. The rounding errors of the
+// terms p are independent to first order: together about a few ε √(Σ p²), which has to be small beside the sum.
+Gram by_gram(const at::Tensor& x, const at::Tensor& dy) {
   const at::Tensor wide_x = x.to(wide(x.scalar_type())), wide_dy = dy.to(wide(x.scalar_type()));
-  double total = 0.0;
+  double total = 0.0, squares = 0.0;
   for (int64_t start = 0; start < x.size(0); start += kTokenBlock) {
     const int64_t rows = std::min(kTokenBlock, x.size(0) - start);
     const at::Tensor rows_x = wide_x.narrow(0, start, rows), rows_dy = wide_dy.narrow(0, start, rows);
@@ -79,10 +107,14 @@ double by_gram(const at::Tensor& x, const at::Tensor& dy) {
       const int64_t columns = std::min(kTokenBlock, x.size(0) - other);
       const at::Tensor gram_x = at::mm(rows_x, wide_x.narrow(0, other, columns).t());
       const at::Tensor gram_dy = at::mm(rows_dy, wide_dy.narrow(0, other, columns).t());
-      total += (other == start ? 1.0 : 2.0) * sum_of_products(gram_x, gram_dy);
+      const Sums sums = product_sums(gram_x, gram_dy);
+      const double weight = other == start ? 1.0 : 2.0;
+      total += weight * sums.first;
+      squares += weight * weight * sums.second;
     }
   }
-  return std::max(total, 0.0);
+  const double epsilon = wide_x.scalar_type() == at::kDouble ? 0x1p-52 : 0x1p-23;
+  return {std::max(total, 0.0), kGramNoiseUnits * epsilon * std::sqrt(squares) <= kGramTolerance * total};
 }
 
 // Multiply-adds a token: T (K + N) / 2 for the symmetric Gram form, K N for tiles. For 2-byte dtypes the Gram form
@@ -95,9 +127,12 @@ bool gram_is_cheaper(const at::Tensor& x, const at::Tensor& dy) {
 }  // namespace
 
 at::Tensor weight_grad_norm_sq(const at::Tensor& x, const at::Tensor& dy, c10::string_view method) {
-  const bool gram = method == "gram" || (method == "auto" && gram_is_cheaper(x, dy));
-  const double total = gram ? by_gram(x, dy) : by_tiles(x, dy);
-  return at::scalar_tensor(total, x.options().dtype(wide(x.scalar_type())));
+  const auto options = x.options().dtype(wide(x.scalar_type()));
+  if (method == "gram" || (method == "auto" && gram_is_cheaper(x, dy))) {
+    const Gram gram = by_gram(x, dy);
+    if (method == "gram" || gram.trusted) return at::scalar_tensor(gram.total, options);
+  }
+  return at::scalar_tensor(by_tiles(x, dy), options);
 }
 
 std::tuple<at::Tensor, at::Tensor> weight_grad_norm_sq_sketch(
@@ -112,12 +147,12 @@ at::Tensor embedding_grad_norm_sq(const at::Tensor& indices, const at::Tensor& d
   const auto dtype = wide(dy.scalar_type());
   at::Tensor rows = at::zeros({distinct.numel(), dy.size(1)}, dy.options().dtype(dtype));
   rows.index_add_(0, slot, dy.to(dtype));
-  return at::scalar_tensor(sum_of_products(rows, rows), rows.options());
+  return at::scalar_tensor(product_sums(rows, rows).first, rows.options());
 }
 
 at::Tensor bias_grad_norm_sq(const at::Tensor& dy) {
   const at::Tensor sum = dy.sum(at::IntArrayRef{0}, /*keepdim=*/false, wide(dy.scalar_type()));
-  return at::scalar_tensor(sum_of_products(sum, sum), sum.options());
+  return at::scalar_tensor(product_sums(sum, sum).first, sum.options());
 }
 
 }  // namespace aletheia

@@ -41,7 +41,10 @@ def unavailable_reason() -> str | None:
 def features() -> dict[str, bool]:
     """Instruction sets that this processor offers and the operators know of."""
     if unavailable_reason() is not None:
-        return {"avx512": torch.cpu._is_avx512_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
+        return {
+            "avx512": torch.cpu._is_avx512_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        }
     names = ("avx2", "avx512f", "avx512_bf16")
     bits = torch.ops.aletheia_cpu.features()
     return {name: bool(bits >> i & 1) for i, name in enumerate(names)}

@@ -3,7 +3,7 @@
 For y = x Wᵀ the weight gradient is G = dyᵀ x [out, in], with x [tokens, in] and dy [tokens, out].
 
     tiles:   ‖G‖² = Σ over row blocks of ‖dy[:, block]ᵀ x‖², one block held at a time
-    gram:    ‖G‖² = Σ_{t,t'} (x_t · x_t') (dy_t · dy_t')   (Goodfellow, "Efficient per-example gradient computations", 2015)
+    gram:    ‖G‖² = Σ_{t,t'} (x_t · x_t') (dy_t · dy_t')   (Goodfellow, arXiv 1510.01799)
     sketch:  E ‖G Ω‖² = m ‖G‖² for Ω [in, m] of independent standard normals, so that each of the m columns of
              G Ω = dyᵀ (x Ω) gives one unbiased estimate; their spread gives the standard error
 """
@@ -13,9 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A tile of the gradient is kept near this many elements: small beside the operands, large enough for a full-rate product.
+# A tile of the gradient is kept near this many elements: small beside the operands, enough for a full-rate product.
 TILE_ELEMENTS = 1 << 18
 TOKEN_BLOCK = 512
+# Rounding error of one Gram term in units of float32's ε (dot products of about a thousand terms), and the relative
+# error that the automatic choice lets the Gram form have.
+GRAM_NOISE_UNITS = 16.0
+GRAM_TOLERANCE = 1e-5
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -30,18 +34,27 @@ def _by_tiles(x: Tensor, dy: Tensor) -> Tensor:
     return total
 
 
-def _by_gram(x: Tensor, dy: Tensor) -> Tensor:
-    # Gram entries of both signs cancel in the sum, so they are formed from operands widened to float32.
+def _by_gram(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, and whether it can be trusted.
+
+    Gram entries of both signs cancel, so they are formed from operands widened to float32. The rounding errors of the
+    terms p are independent to first order: together about a few ε √(Σ p²), which has to be small beside the sum.
+    """
     wide = _wide(x.dtype)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
+    squares = torch.zeros_like(total)
     for start in range(0, x.shape[0], TOKEN_BLOCK):
         rows_x, rows_dy = x[start : start + TOKEN_BLOCK].to(wide), dy[start : start + TOKEN_BLOCK].to(wide)
         # Both Gram matrices are symmetric: blocks right of the diagonal count twice.
         for other in range(start, x.shape[0], TOKEN_BLOCK):
             gram_x = rows_x @ x[other : other + TOKEN_BLOCK].to(wide).T
             gram_dy = rows_dy @ dy[other : other + TOKEN_BLOCK].to(wide).T
-            total += (1.0 if other == start else 2.0) * (gram_x * gram_dy).sum().double()
-    return total.clamp_min(0.0)
+            terms = gram_x.mul_(gram_dy)
+            weight = 1.0 if other == start else 2.0
+            total += weight * terms.sum().double()
+            squares += weight**2 * terms.double().square().sum()
+    noise = GRAM_NOISE_UNITS * torch.finfo(wide).eps * squares.sqrt()
+    return total.clamp_min(0.0), noise <= GRAM_TOLERANCE * total
 
 
 def gram_is_cheaper(tokens: int, in_features: int, out_features: int, itemsize: int) -> bool:
@@ -55,11 +68,17 @@ def gram_is_cheaper(tokens: int, in_features: int, out_features: int, itemsize: 
 
 
 def weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
-    """‖dyᵀ x‖² of x [tokens, in] and dy [tokens, out], float32 (float64 for float64 inputs), 0-d."""
-    if method == "auto":
-        cheap = gram_is_cheaper(x.shape[0], x.shape[1], dy.shape[1], x.element_size())
-        method = "gram" if cheap else "tiles"
-    return (_by_gram(x, dy) if method == "gram" else _by_tiles(x, dy)).to(_wide(x.dtype))
+    """‖dyᵀ x‖² of x [tokens, in] and dy [tokens, out], float32 (float64 for float64 inputs), 0-d.
+
+    ``auto`` takes the cheaper form, and tiles after all where the Gram form lost too much to cancellation.
+    """
+    if method == "gram" or (
+        method == "auto" and gram_is_cheaper(x.shape[0], x.shape[1], dy.shape[1], x.element_size())
+    ):
+        total, trusted = _by_gram(x, dy)
+        if method == "gram" or bool(trusted):
+            return total.to(_wide(x.dtype))
+    return _by_tiles(x, dy).to(_wide(x.dtype))
 
 
 def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +89,7 @@ def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Te
 
 
 def embedding_grad_norm_sq(indices: Tensor, dy: Tensor) -> Tensor:
-    """Squared norm of an embedding's weight gradient: rows of dy [tokens, dim] summed by index [tokens], then squared."""
+    """Squared norm of an embedding's weight gradient: rows of dy [tokens, dim] summed by index, then squared."""
     distinct, slot = indices.unique(return_inverse=True)
     rows = torch.zeros(distinct.numel(), dy.shape[1], dtype=_wide(dy.dtype), device=dy.device)
     return rows.index_add_(0, slot, dy.to(rows.dtype)).square().sum()

@@ -15,7 +15,7 @@ _LOW = 0xFFFFFFFF
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    # int64 products wrap modulo 2^64; the bits are those of the unsigned product, so shift-and-mask reads the high word.
+    # int64 products wrap modulo 2^64 to the bits of the unsigned product, so shift-and-mask reads the high word.
     product = b * a
     return (product >> 32) & _LOW, product & _LOW
 

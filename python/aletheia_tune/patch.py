@@ -1,4 +1,4 @@
-"""Makes a PEFT LoRA model fast in place: its LoRA linears run on the operator, siblings as one call; undone by restore."""
+"""Makes a PEFT LoRA model fast in place: LoRA linears run on the operator, siblings as one call; restore undoes it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,12 @@ def _state_reason(layer: LoraLinear) -> str | None:
     name = active[0]
     if name in layer.lora_variant:
         return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
-    base, lora_A, lora_B, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    base, lora_A, lora_B, dropout = (
+        layer.base_layer,
+        layer.lora_A[name],
+        layer.lora_B[name],
+        layer.lora_dropout[name],
+    )
     if base.weight.requires_grad:
         return "its base weight is trained"
     if lora_B.bias is not None or lora_A.bias is not None:
@@ -150,7 +155,9 @@ class _Siblings:
             return output
         dropout_p = _dropout_p(layer)
         members = [
-            other for other in self.layers if other is layer or (_serves(other, x) and _dropout_p(other) == dropout_p)
+            other
+            for other in self.layers
+            if other is layer or (_serves(other, x) and _dropout_p(other) == dropout_p)
         ]
         outputs = {id(member): y for member, y in zip(members, _compute(members, x), strict=True)}
         mine = outputs.pop(id(layer))
@@ -276,7 +283,9 @@ def apply_kernels(
             # Finding no siblings costs speed alone, and the model may well refuse inputs that are not its user's.
             if example_inputs is not None:
                 raise
-            notes.append(f"siblings not looked for: the model refused its dummy inputs ({error}); give example_inputs")
+            notes.append(
+                f"siblings not looked for: the model refused its dummy inputs ({error}); give example_inputs"
+            )
 
     siblings_of: dict[str, tuple[str, ...]] = {name: group for group in groups for name in group}
     shared = {group: _Siblings([layers[name] for name in group]) for group in groups}
