@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class PatchReport:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def _structural_reason(layer: LoraLayer) -> str | None:
+def _structural_reason(layer: nn.Module) -> str | None:
     """Why a layer can never run on the operator while it is built as it is; None when it can."""
     if type(layer) is not LoraLinear:
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no operator"
@@ -59,7 +60,7 @@ def _structural_reason(layer: LoraLayer) -> str | None:
     return None
 
 
-def _state_reason(layer: LoraLinear) -> str | None:
+def _state_reason(layer: Any) -> str | None:
     """Why a layer's present state needs PEFT's own forward; None when the operator computes the same."""
     if layer.disable_adapters:
         return "adapters are disabled"
@@ -112,7 +113,10 @@ def _serves(layer: LoraLinear, x: Tensor) -> bool:
 
 def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
     names = [_active(layer) for layer in layers]
-    bases = [layer.base_layer for layer in layers]
+    bases: list[Any] = [layer.base_layer for layer in layers]
+    adapters: list[tuple[Any, Any]] = [
+        (layer.lora_A[name], layer.lora_B[name]) for layer, name in zip(layers, names, strict=True)
+    ]
     dropout_p = _dropout_p(layers[0])
     seed = None
     if dropout_p > 0.0:
@@ -122,8 +126,8 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
         x.to(bases[0].weight.dtype),
         [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases],
         [base.bias for base in bases],
-        [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
-        [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],
+        [lora_A.weight for lora_A, _ in adapters],
+        [lora_B.weight for _, lora_B in adapters],
         [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)],
         dropout_p=dropout_p,
         seed=seed,
@@ -223,7 +227,8 @@ def _observe_siblings(
     finally:
         for handle in handles:
             handle.remove()
-    groups, taken = [], set()
+    groups: list[tuple[str, ...]] = []
+    taken: set[str] = set()
     for names in seen.values():
         if len(names) > 1 and taken.isdisjoint(names):
             groups.append(tuple(names))
@@ -232,7 +237,7 @@ def _observe_siblings(
 
 
 def _example_inputs(model: nn.Module) -> dict[str, Any] | None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = getattr(inner, "dummy_inputs", None)
     device = next(model.parameters()).device
     return None if inputs is None else {name: value.to(device) for name, value in inputs.items()}
@@ -261,7 +266,7 @@ def apply_kernels(
         UserError: the model has no LoRA layer; with ``strict``, a module that the operator does not serve.
     """
     restore(model)
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not adapted:
         raise UserError("apply_kernels: the model has no LoRA layer; wrap it with peft.get_peft_model first")
     reasons = {name: _structural_reason(layer) or _state_reason(layer) for name, layer in adapted.items()}
@@ -269,7 +274,7 @@ def apply_kernels(
         raise UserError(
             f"apply_kernels(strict=True): {len(slow)} adapted modules stay on PEFT's path, the first {slow[0]}"
         )
-    layers = {name: layer for name, layer in adapted.items() if _structural_reason(layer) is None}
+    layers: dict[str, Any] = {n: layer for n, layer in adapted.items() if _structural_reason(layer) is None}
 
     notes: list[str] = []
     groups: list[tuple[str, ...]] = []
