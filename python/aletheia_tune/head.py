@@ -2,8 +2,9 @@
 
 A causal language model usually makes logits [tokens, vocabulary] for every token, although only labelled tokens enter
 the loss. Inside :func:`labelled_head` the model's output embedding hands its hidden states on as they are, and the
-model's loss picks the rows that have a label and runs :func:`aletheia_kernels.linear_cross_entropy` on them, which never
-holds more than a block of logits. Whatever else the model adds to its loss (a router's auxiliary loss) it still adds.
+model's loss picks the rows that have a label and runs :func:`aletheia_kernels.linear_cross_entropy` on them, which
+never holds more than a block of logits. Whatever else the model adds to its loss (a router's auxiliary loss) it still
+adds.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class LabelledHead:
 
 
 class _Head:
-    """The state between the head, which hands hidden states out, and the loss, which must get those very states back."""
+    """What passes between the head, which hands hidden states out, and the loss, which must get those very ones."""
 
-    def __init__(self, head: nn.Linear, original_head: Callable[..., Tensor], original_loss: Callable[..., Tensor]):
+    def __init__(
+        self, head: nn.Linear, original_head: Callable[..., Tensor], original_loss: Callable[..., Tensor]
+    ):
         self.head = head
         self.original_head = original_head
         self.original_loss = original_loss
@@ -81,7 +84,9 @@ class _Head:
         rows = (targets != ignore_index).nonzero().squeeze(1)
         flat = hidden.reshape(-1, hidden.shape[-1])
         if targets.numel() != flat.shape[0]:
-            raise ValueError(f"labels: expected one a row of hidden states ({flat.shape[0]}), got {targets.numel()}")
+            raise ValueError(
+                f"labels: expected one a row of hidden states ({flat.shape[0]}), got {targets.numel()}"
+            )
         if rows.numel() < flat.shape[0]:
             flat, targets = flat[rows], targets[rows]
         total = linear_cross_entropy(flat, self.head.weight, targets, bias=self.head.bias)
@@ -112,7 +117,7 @@ def _instance_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(model: nn.Module, head: nn.Linear) -> Iterator[_Head]:
+def _in_place(model: Any, head: nn.Linear) -> Iterator[_Head]:
     state = _Head(head, head.forward, model.loss_function)
     original_forward = model.forward
     signature = inspect.signature(original_forward)
@@ -145,7 +150,7 @@ def _calibration_batch(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _obstacle(model: nn.Module) -> str | None:
+def _obstacle(model: Any) -> str | None:
     """Why this model's loss cannot be had from the labelled rows alone; None when it can.
 
     Found by trying: a few tokens through the model as it is and with the head in place, under equal random numbers.
@@ -189,8 +194,8 @@ def labelled_head(model: nn.Module) -> Iterator[LabelledHead]:
 
     Works on transformers' causal models and on such models inside PEFT, when the head is frozen, is an ``nn.Linear``
     and feeds the model's settable loss function untouched; a few tokens are tried at entry. Otherwise the model is left
-    as it is and ``active`` is False with the reason. Inside, a call with labels returns the same loss, but hidden states
-    in place of logits; a call without labels is as it was. On exit the model is exactly as it was.
+    as it is and ``active`` is False with the reason. Inside, a call with labels returns the same loss, but hidden
+    states in place of logits; a call without labels is as it was. On exit the model is exactly as it was.
 
     Args:
         model: a causal language model from transformers, bare or in PEFT.

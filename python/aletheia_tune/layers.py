@@ -47,10 +47,11 @@ class LayerList:
     layers: nn.ModuleList
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> Any:
     """The model that PEFT wraps, or the model itself when nothing wraps it."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
+        wrapper: Any = model
+        return wrapper.get_base_model()
     return model
 
 
@@ -73,7 +74,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """``module.named_modules()`` as if PEFT had never been there: adapters left out, wrapped layers under their old name.
+    """``module.named_modules()`` as if PEFT had never been there: no adapters, wrapped layers under their old name.
 
     Modules used under several names come once, under the first.
     """
@@ -81,7 +82,7 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
     def walk(current: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         while _is_adapted(current):
-            current = current.base_layer
+            current = current.get_submodule("base_layer")
         if current in seen:
             return
         seen.add(current)
@@ -94,7 +95,7 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 def _text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config if config is None or not hasattr(config, "get_text_config") else config.get_text_config()
 
 
 def _is_layer_list(module: nn.Module) -> bool:
@@ -151,7 +152,7 @@ def kind_of(name: str, layer_path: str) -> str:
     return "attention" if _ATTENTION.search(parts[-1]) else "other"
 
 
-def linears(model: nn.Module) -> Iterator[tuple[LinearModule, nn.Module]]:
+def linears(model: nn.Module) -> Iterator[tuple[LinearModule, Any]]:
     """Every linear inside the layers, described and in person, in model order.
 
     A module used in several layers comes once, in the first. See :func:`linear_modules`.

@@ -82,7 +82,11 @@ def _recall(x: Tensor) -> Callable[[], Tensor]:
     a third time. Any other x is kept by reference, so that siblings share one.
     """
     node = x.grad_fn
-    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"):
+    while node is not None and node.name() in (
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+    ):
         node = node.next_functions[0][0]
     if node is not None and node.name() == "MulBackward0":
         saved: Any = node
@@ -92,7 +96,9 @@ def _recall(x: Tensor) -> Callable[[], Tensor]:
 
     def recall() -> Tensor:
         if kept._version != version:
-            raise RuntimeError("probe: the input of a linear was overwritten after use; its gradient cannot be had")
+            raise RuntimeError(
+                "probe: the input of a linear was overwritten after use; its gradient cannot be had"
+            )
         return kept
 
     return recall
@@ -196,7 +202,7 @@ class _Products(TorchFunctionMode):
         regions = [self._regions.setdefault((name, first + expert), _Region()) for expert in experts]
         for region in regions:
             region.calls += 1
-        # In memory the matrix is [m, n] with gradient aᵀ b: dy is `a` where its rows are outputs, x is `a` where inputs.
+        # As stored the matrix is [m, n] with gradient aᵀ b: x is `a` where its rows are inputs, else dy is.
         recall: list[Callable[[], Tensor]] = [_recall(x)]
 
         def receive(dy: Tensor) -> None:
@@ -225,11 +231,13 @@ class _Products(TorchFunctionMode):
 
 @contextmanager
 def _as_found(model: nn.Module, seed: int) -> Iterator[None]:
-    """Whatever the probe changes inside is put back, also after an exception; random numbers inside start from the seed."""
+    """Whatever the probe changes inside is put back, also after an exception; random numbers start from the seed."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    checkpointed: list[Any] = [
+        module for module in modules if getattr(module, "gradient_checkpointing", False)
+    ]
     configs = {id(c): c for module in modules if hasattr(c := getattr(module, "config", None), "__dict__")}
     # Experts run one by one as plain products; a key-value cache would only hold memory.
     plain = {"_experts_implementation_internal": "eager", "use_cache": False}
@@ -327,7 +335,9 @@ class _Pass:
             for name in unaccounted:
                 self._make_ordinary(name)
 
-    def run(self, batch: Mapping[str, Any], number: int) -> tuple[float, dict[str, dict[int, tuple[float, float]]]]:
+    def run(
+        self, batch: Mapping[str, Any], number: int
+    ) -> tuple[float, dict[str, dict[int, tuple[float, float]]]]:
         """The loss and, for each parameter that had a gradient, {matrix index or WHOLE: (‖g‖², standard error)}."""
         if self._sketch is not None:
             self._sketch.draw()
@@ -360,7 +370,7 @@ def _exact(b: Tensor, a: Tensor) -> tuple[Tensor, None]:
 
 
 class _Sketch:
-    """Random directions Ω for ‖G Ω‖², one matrix for each input size, drawn anew for every batch from a private generator."""
+    """Random directions Ω for ‖G Ω‖²: a matrix for each input size, new for every batch, from a private generator."""
 
     def __init__(self, columns: int, seed: int) -> None:
         self._columns = columns
@@ -373,7 +383,9 @@ class _Sketch:
     def norm_sq(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         size = b.shape[1]
         if size not in self._omegas:
-            self._omegas[size] = torch.randn(size, self._columns, generator=self._generator).to(b.device, b.dtype)
+            self._omegas[size] = torch.randn(size, self._columns, generator=self._generator).to(
+                b.device, b.dtype
+            )
         return weight_grad_norm_sq_sketch(b, a, self._omegas[size])
 
 
@@ -468,12 +480,15 @@ def probe(
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(_as_found(model, seed))
-        if bare is not model and hasattr(model, "disable_adapter"):
-            stack.enter_context(model.disable_adapter())
+        if bare is not model:
+            wrapper: Any = model
+            stack.enter_context(wrapper.disable_adapter())
         head = stack.enter_context(labelled_head(bare))
         passes = stack.enter_context(_Pass(bare, parameters, sketch))
         for number, given in enumerate(batches, start=1):
-            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+            batch = {
+                key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()
+            }
             if faithful:
                 batch["labels"] = batch["input_ids"].clone()
             if batch.get("labels") is None:
@@ -493,8 +508,14 @@ def probe(
                     if name in experts and index != WHOLE:
                         experts[name][index] += math.sqrt(squared)
             score.add_batch(
-                {name: math.fsum(squared for squared, _ in regions.values()) for name, regions in norms.items()},
-                {name: math.hypot(*(error for _, error in regions.values())) for name, regions in norms.items()},
+                {
+                    name: math.fsum(squared for squared, _ in regions.values())
+                    for name, regions in norms.items()
+                },
+                {
+                    name: math.hypot(*(error for _, error in regions.values()))
+                    for name, regions in norms.items()
+                },
             )
     if not losses:
         raise UserError("probe: no batches; give at least one")

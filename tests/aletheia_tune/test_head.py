@@ -29,7 +29,7 @@ from transformers import (
 from aletheia_tune.head import labelled_head
 
 VOCABULARY = 97
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 TINY = dict(**SIZES, intermediate_size=40)
 
 
@@ -38,7 +38,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    dropout = dict(resid_pdrop=0.1)
+    dropout = {"resid_pdrop": 0.1}
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, **dropout))
 
 
@@ -60,7 +60,9 @@ def mixtral() -> nn.Module:
 
 def gemma2() -> nn.Module:
     """It caps its logits."""
-    return Gemma2ForCausalLM(Gemma2Config(**TINY, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0))
+    return Gemma2ForCausalLM(
+        Gemma2Config(**TINY, num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0)
+    )
 
 
 def cohere() -> nn.Module:
@@ -117,7 +119,8 @@ def test_loss_and_gradient_are_the_models_own(builder, items):
     extra = {} if items is None else {"num_items_in_batch": items}
     loss, gradient = loss_and_gradient(model, **a_batch(), **extra)
     with labelled_head(model) as head:
-        assert head.active and head.reason is None
+        assert head.active
+        assert head.reason is None
         got, got_gradient = loss_and_gradient(model, **a_batch(), **extra)
     torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got_gradient, gradient, rtol=1e-4, atol=1e-7)
@@ -169,7 +172,9 @@ def test_without_labels_the_model_makes_its_logits():
         assert torch.equal(model(input_ids=ids).logits, expected)
         assert torch.equal(model(ids).logits, expected)
         model(**a_batch())
-        assert torch.equal(model(input_ids=ids).logits, expected), "a call with labels must leave nothing behind"
+        assert torch.equal(model(input_ids=ids).logits, expected), (
+            "a call with labels must leave nothing behind"
+        )
 
 
 def test_labels_given_by_position():
@@ -240,7 +245,9 @@ def test_a_head_in_training_is_refused():
 def test_logits_changed_in_place_are_noticed():
     class InPlace(LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-            logits = self.lm_head(self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+            logits = self.lm_head(
+                self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            )
             logits *= 0.5
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
             return type("Output", (), {"loss": loss, "logits": logits})
@@ -274,7 +281,9 @@ def test_a_loss_function_that_was_set_is_put_back():
     model = build(llama)
 
     def own(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
-        return 3.0 * nn.functional.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
+        return 3.0 * nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1)
+        )
 
     model.loss_function = own
     with labelled_head(model) as head:

@@ -25,7 +25,13 @@ from transformers import (
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import LinearModule, find_layers, linear_modules
 
-TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=31)
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 31,
+}
 
 
 def llama() -> LlamaForCausalLM:
@@ -42,7 +48,9 @@ def test_llama():
     assert modules[0] == LinearModule("model.layers.0.self_attn.q_proj", 0, 16, 16, "attention")
     assert modules[1] == LinearModule("model.layers.0.self_attn.k_proj", 0, 16, 8, "attention")
     assert modules[-1] == LinearModule("model.layers.2.mlp.down_proj", 2, 24, 16, "mlp")
-    order = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    order = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name
+    ]
     assert [module.name for module in modules] == order
 
 
@@ -80,7 +88,9 @@ def test_gpt2_conv1d():
         ),
         (
             lambda: OPTForCausalLM(
-                OPTConfig(hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=31)
+                OPTConfig(
+                    hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=31
+                )
             ),
             "model.decoder.layers",
             {
@@ -156,7 +166,7 @@ def test_no_list_and_too_many_are_errors_of_one_line():
 
 
 def test_the_text_tower_of_a_model_with_two():
-    tower = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    tower = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config={**tower, "num_hidden_layers": 3, "vocab_size": 31},
         vision_config={**tower, "image_size": 8, "patch_size": 4},

@@ -81,7 +81,9 @@ class Scores:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"scores: a field is missing or broken ({error!r}); probe again") from None
-        strays = [name for name, module in scores.modules.items() if not 0 <= module.layer < len(scores.layers)]
+        strays = [
+            name for name, module in scores.modules.items() if not 0 <= module.layer < len(scores.layers)
+        ]
         if strays:
             raise UserError(f"scores: {strays[0]} stands in a layer that has no score; probe again")
         return scores

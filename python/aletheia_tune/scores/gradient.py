@@ -28,7 +28,7 @@ class GradientScore:
         self._num_layers = num_layers
 
     def add_batch(self, norm_sq: Mapping[str, float], standard_error: Mapping[str, float]) -> None:
-        """Adds one batch: squared gradient norms by parameter (0 where absent) and, where estimated, their standard errors.
+        """Adds one batch: squared gradient norms by parameter and, where they are estimates, their standard errors.
 
         The standard error of ‖g‖ follows from that of ‖g‖² to first order, d‖g‖ = d(‖g‖²) / (2 ‖g‖). Parameters of one
         batch share their random directions, so within a batch errors are added (an upper bound whatever the
@@ -62,7 +62,7 @@ class GradientScore:
 
     @property
     def stability(self) -> float | None:
-        """Mean Spearman correlation of the layers' scores between single batches; None for fewer than two batches or layers."""
+    """Mean Spearman correlation of the layers' scores between single batches; None where there is none."""
         pairs = [
             spearman(first, second)
             for index, first in enumerate(self._by_batch)
@@ -82,4 +82,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2.0 for value in values]
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2.0
+        for value in values
+    ]
