@@ -20,9 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-# 5.2 in = 374 pt, about the column of a phone: text keeps its size there and grows on a wider screen.
-_WIDTH_INCHES = 5.2
+# 4.2 in = 302 pt: less than the column of a phone, so that text grows there too.
+_WIDTH_INCHES = 4.2
 _ROW_POINTS = 13.0
 
 # Marker colours, one per CSS variable: values that nothing else in a drawing has.
@@ -78,7 +79,7 @@ class Curve:
 
 
 def score_bars(scores: Sequence[float], chosen: Sequence[int], *, label: str) -> str:
-    """Bars of ``scores`` by layer, layer 0 at the top; the layers in ``chosen`` are darker and starred."""
+    """Bars of ``scores`` by layer, layer 0 at the top; the layers in ``chosen`` are stronger and starred."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _layer_rows(len(scores))
         marked = set(chosen)
@@ -124,7 +125,7 @@ def loss_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, label: s
     if len(curves) > len(_ARMS):
         raise ValueError(f"{len(curves)} curves in one figure; {len(_ARMS)} can be told apart")
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_INCHES, 3.5), layout="constrained")
+        figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
         axes = figure.subplots()
         for i, curve in enumerate(curves):
             # Arms that learn alike lie on each other: earlier ones are drawn wider, to show from beneath.
@@ -141,6 +142,7 @@ def loss_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, label: s
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
@@ -164,7 +166,7 @@ def _layer_rows(num_layers: int) -> tuple[Figure, Axes]:
     )
     axes.set_ylim(num_layers - 0.5, -0.5)
     axes.set_yticks(range(num_layers), [str(layer) for layer in range(num_layers)], fontsize=8.5)
-    axes.set_ylabel("layer")
+    axes.set_ylabel("layer", labelpad=7)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -66,7 +66,7 @@ def write_report(
     page = template.render(
         title=title,
         question=question,
-        verdict=_verdict(result, scores),
+        verdict=verdict(result, scores),
         limits=_limits(result),
         table=result.cells(),
         curves=_curves(result, scores),
@@ -94,7 +94,8 @@ def _probe_seconds(arm: ArmResult, scores: Scores) -> float:
     return float(scores.meta["seconds"]) if _is_from(arm.plan, scores) else 0.0
 
 
-def _verdict(result: RaceResult, scores: Scores) -> str:
+def verdict(result: RaceResult, scores: Scores) -> str:
+    """What the race found, in sentences: losses, speeds, and times with the probe charged to its plan's arms."""
     objection = result.objection()
     if objection:
         return f"No speed is read off this race: {objection}."
@@ -112,7 +113,7 @@ def _verdict(result: RaceResult, scores: Scores) -> str:
         probe = _probe_seconds(arm, scores)
         charged = f", its probe of {probe:.0f} s included" if probe else ""
         sentences.append(
-            f"“{arm.name}” has {_loss(arm)}, with {speedup:.2f} times the speed a step, "
+            f"“{arm.name}” has {_loss(arm)}, each step {speedup:.2f} times as fast, "
             f"{training.history[-1].seconds + probe:.0f} s in all{charged}."
         )
     return " ".join(sentences)
@@ -182,7 +183,7 @@ def _layer_figures(plan: Plan, scores: Scores) -> list[dict[str, str]]:
                 label=f"Score of each of {len(scores.layers)} layers, highest in layer {highest} "
                 f"({scores.layers[highest]:.4g}). Chosen layers: {chosen}.",
             ),
-            "Score of each layer. ★ and the darker colour: adapted in the plan.",
+            "Score of each layer. ★ and the stronger colour: adapted in the plan.",
         ),
         _figure(
             figures.rank_grid(ranks, plan.num_layers, label=f"LoRA rank by layer and module: {counts}."),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+
 from aletheia_tune import figures
 from aletheia_tune.errors import UserError
 from aletheia_tune.plan import ModulePlan, Plan, make_plan
@@ -207,8 +208,8 @@ def test_names_are_escaped(html, page):
 
 def test_the_verdict_has_the_figures_and_the_limits(page):
     text = " ".join(" ".join(page.text).split())
-    assert "1.60 times the speed" in text  # 4.0 s against 2.5 s a step
-    assert "1.25 times the speed" in text  # 4.0 s against 3.2 s
+    assert "each step 1.60 times as fast" in text  # 4.0 s against 2.5 s a step
+    assert "each step 1.25 times as fast" in text  # 4.0 s against 3.2 s
     assert "28 s in all, its probe of 8 s included" in text  # 8 steps of 2.5 s, and 7.5 s
     assert "32 s in all" in text
     assert all(loss in text for loss in ("1.4321", "1.4333", "1.4555"))
@@ -239,7 +240,7 @@ def test_a_race_whose_losses_disagree_gives_no_speed(tmp_path, result, scores):
     )
     html = write(tmp_path, replace(result, arms=(*result.arms[:-1], other)), scores)
     assert "No speed is read off this race" in html
-    assert "times the speed" not in html
+    assert "times as fast" not in html
 
 
 def test_the_commands_and_the_machine_stand_there(html, page):
