@@ -14,7 +14,9 @@ from aletheia_tune.errors import UserError
 
 # What needs torch is imported inside the commands: --help should not wait for it.
 if TYPE_CHECKING:
-    from aletheia_tune.data import Fields
+    from transformers import PreTrainedTokenizerBase
+
+    from aletheia_tune.data import Examples, Fields
 
 
 class _Commands(TyperGroup):
@@ -124,7 +126,7 @@ def probe(
     """
     from aletheia_tune import files
     from aletheia_tune.data import batches as collated_batches
-    from aletheia_tune.data import load_examples, pad_token_id
+    from aletheia_tune.data import pad_token_id
     from aletheia_tune.probe import faithful_batches
     from aletheia_tune.probe import probe as run_probe
     from aletheia_tune.train import load_model
@@ -132,16 +134,14 @@ def probe(
     files.check_output(out, overwrite, directory=False)
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
     loaded, tokenizer = load_model(model, dtype.value)
-    examples = load_examples(train, tokenizer, max_length=max_length, fields=fields)
+    examples = _load(train, tokenizer, max_length, fields)
     if faithful:
         chosen = faithful_batches(examples)
     else:
         chosen = collated_batches(examples, batch_size, pad_token_id(tokenizer), seed=seed, count=batches)
     scores = run_probe(loaded, chosen, exact=not sketch, faithful=faithful, seed=seed)
     files.write_text(out, scores.to_json(), overwrite)
-    print(
-        f"scores of {len(scores.layers)} layers: {out}; next: aletheia plan --scores {out} --out plan.json"
-    )
+    print(f"scores of {len(scores.layers)} layers: {out}; next: aletheia plan --scores {out} --out plan.json")
 
 
 @app.command()
@@ -233,7 +233,6 @@ def train(
     --out my-adapter --steps 200[/bold]
     """
     from aletheia_tune import files
-    from aletheia_tune.data import load_examples
     from aletheia_tune.plan import Plan
     from aletheia_tune.train import TrainConfig, fine_tune, load_model
 
@@ -258,8 +257,8 @@ def train(
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
     chosen = Plan.from_json(_read(plan_file, "plan"))
     loaded, tokenizer = load_model(model, config.dtype)
-    examples = load_examples(train, tokenizer, max_length=max_length, fields=fields)
-    held_out = load_examples(eval_file, tokenizer, max_length=max_length, fields=fields, name="eval")
+    examples = _load(train, tokenizer, max_length, fields)
+    held_out = _load(eval_file, tokenizer, max_length, fields)
     result = fine_tune(loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite)
     print(
         f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss_after:.4f}, "
@@ -364,6 +363,19 @@ def _fields(
     if prompt is completion is text is messages is None:
         return None
     return Fields(prompt=prompt, completion=completion, text=text, messages=messages)
+
+
+def _load(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, fields: Fields | None) -> Examples:
+    from aletheia_tune.data import load_examples
+
+    examples = load_examples(path, tokenizer, max_length=max_length, fields=fields)
+    if examples.truncated or examples.dropped:
+        print(
+            f"{path}: {examples.truncated} records cut to {max_length} tokens, "
+            f"{examples.dropped} left out for having no completion tokens; {len(examples)} remain",
+            file=sys.stderr,
+        )
+    return examples
 
 
 def _percent(text: str) -> float:

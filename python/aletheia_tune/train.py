@@ -9,6 +9,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,7 +360,10 @@ def fine_tune(
         raise UserError("there are no training examples")
     with files.output_directory(out_dir, overwrite) as directory, _threads(config.threads):
         transformers.set_seed(config.seed)
-        peft_model = get_peft_model(model, plan.to_lora_config(model))
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that transformers 5 has deprecated; no user can mend it.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            peft_model = get_peft_model(model, plan.to_lora_config(model))
         run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config)
         progress = _ShowProgress(run, Console(stderr=True, quiet=not config.progress))
         if config.gradient_checkpointing:
