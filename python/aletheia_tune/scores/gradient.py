@@ -63,7 +63,7 @@ class GradientScore:
     @property
     def stability(self) -> float | None:
     """Mean Spearman correlation of the layers' scores between single batches; None where there is none."""
-        pairs = [
+        """Mean Spearman correlation of the layers' scores between single batches; None where there is none."""
             spearman(first, second)
             for index, first in enumerate(self._by_batch)
             for second in self._by_batch[index + 1 :]
