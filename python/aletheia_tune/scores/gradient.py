@@ -62,8 +62,8 @@ class GradientScore:
 
     @property
     def stability(self) -> float | None:
-    """Mean Spearman correlation of the layers' scores between single batches; None where there is none."""
         """Mean Spearman correlation of the layers' scores between single batches; None where there is none."""
+        pairs = [
             spearman(first, second)
             for index, first in enumerate(self._by_batch)
             for second in self._by_batch[index + 1 :]
