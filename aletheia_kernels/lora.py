@@ -100,7 +100,8 @@ def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
     tokens = x.shape[0]
     ys = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
-    return ys, x.new_empty(tokens, sum(a.shape[0] for a in lora_As))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return ys, x.new_empty(tokens, sum(a.shape[0] for a in lora_As), dtype=wide)
 
 
 @torch.library.custom_op(

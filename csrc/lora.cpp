@@ -1,22 +1,20 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
-// Every product goes to the vendor library through ATen; what is ours is that the low-rank parts accumulate into the
-// fresh outputs, that siblings share one shrink product, and that dropout is made again from its seed.
+// The base products go to the vendor library through ATen. In bfloat16 on a processor with AVX512-BF16 the low-rank half
+// is ours (low_rank.h); elsewhere it is composed of ATen products that accumulate into the fresh outputs. Either way
+// siblings share one shrink product and dropout is made again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 #include "clones.h"
+#include "low_rank.h"
 #include "operators.h"
 #include "philox.h"
 
 namespace aletheia {
 namespace {
-
-struct Dropout {
-  uint64_t seed;
-  uint32_t threshold;  // a word below it drops its element
-  double scale;        // of what is kept
-};
 
 std::optional<Dropout> dropout_from(double p, const std::optional<at::Tensor>& seed) {
   if (p == 0.0 || !seed.has_value()) return std::nullopt;
@@ -62,6 +60,16 @@ at::Tensor dropped(const at::Tensor& x, const std::optional<Dropout>& dropout) {
   return out;
 }
 
+at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+bool uses_low_rank(const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs) {
+  const auto readable = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
+  };
+  return x.scalar_type() == at::kBFloat16 && low_rank::available() &&
+         std::all_of(lora_As.begin(), lora_As.end(), readable) && std::all_of(lora_Bs.begin(), lora_Bs.end(), readable);
+}
+
 at::Tensor stacked(at::TensorList lora_As, at::ScalarType dtype) {
   int64_t rank = 0;
   for (const auto& lora_A : lora_As) rank += lora_A.size(0);
@@ -80,18 +88,27 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed) {
   const auto dtype = x.scalar_type();
-  const at::Tensor h = at::mm(dropped(x, dropout_from(dropout_p, seed)), stacked(lora_As, dtype).t());
+  const auto dropout = dropout_from(dropout_p, seed);
   std::vector<at::Tensor> ys;
   ys.reserve(weights.size());
+  int64_t ranks = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ys.push_back(at::linear(x, weights[i], biases.get(i)));
+    ranks += lora_As[i].size(0);
+  }
+  if (uses_low_rank(x, lora_As, lora_Bs)) {
+    at::Tensor h = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
+    low_rank::forward(x, lora_As, lora_Bs, scalings, dropout, ys, h);
+    return {std::move(ys), h};
+  }
+  const at::Tensor h = at::mm(dropped(x, dropout), stacked(lora_As, dtype).t());
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t rank = lora_As[i].size(0);
-    at::Tensor y = at::linear(x, weights[i], biases.get(i));
-    y.addmm_(h.narrow(1, column, rank), lora_Bs[i].to(dtype).t(), 1, scalings[i]);
-    ys.push_back(std::move(y));
+    ys[i].addmm_(h.narrow(1, column, rank), lora_Bs[i].to(dtype).t(), 1, scalings[i]);
     column += rank;
   }
-  return {std::move(ys), h};
+  return {std::move(ys), h.to(wide(dtype))};
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
@@ -100,27 +117,37 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
     bool needs_dx) {
   const auto dtype = x.scalar_type();
   const auto dropout = dropout_from(dropout_p, seed);
-  const at::Tensor x_hat = dropped(x, dropout);
-  at::Tensor g = at::empty_like(h, at::MemoryFormat::Contiguous);
+  at::Tensor g = at::empty(h.sizes(), x.options());
   std::vector<at::Tensor> dAs, dBs;
-  int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t rank = lora_As[i].size(0);
-    at::Tensor g_i = g.narrow(1, column, rank);
-    g_i.copy_(at::mm(dys[i], lora_Bs[i].to(dtype)).mul_(scalings[i]));
-    dBs.push_back(at::mm(dys[i].t(), h.narrow(1, column, rank)).mul_(scalings[i]).to(lora_Bs[i].scalar_type()));
-    dAs.push_back(at::mm(g_i.t(), x_hat).to(lora_As[i].scalar_type()));
-    column += rank;
+    dAs.push_back(at::empty_like(lora_As[i], at::MemoryFormat::Contiguous));
+    dBs.push_back(at::empty_like(lora_Bs[i], at::MemoryFormat::Contiguous));
+  }
+  const bool ours = uses_low_rank(x, lora_As, lora_Bs);
+  if (ours) {
+    low_rank::backward(dys, x, h, lora_Bs, scalings, dropout, g, dAs, dBs);
+  } else {
+    const at::Tensor x_hat = dropped(x, dropout), h_narrow = h.to(dtype);
+    int64_t column = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int64_t rank = lora_As[i].size(0);
+      at::Tensor g_i = g.narrow(1, column, rank);
+      g_i.copy_(at::mm(dys[i], lora_Bs[i].to(dtype)).mul_(scalings[i]));
+      dBs[i].copy_(at::mm(dys[i].t(), h_narrow.narrow(1, column, rank)).mul_(scalings[i]));
+      dAs[i].copy_(at::mm(g_i.t(), x_hat));
+      column += rank;
+    }
   }
   if (!needs_dx) return {at::empty({0}, x.options()), std::move(dAs), std::move(dBs)};
 
   at::Tensor dx = at::mm(dys[0], weights[0]);
   for (size_t i = 1; i < weights.size(); ++i) dx.addmm_(dys[i], weights[i]);
-  const at::Tensor shrink = stacked(lora_As, dtype);
-  if (dropout) {
-    masked<true>(at::mm(g, shrink), dx, *dropout);
+  if (ours) {
+    low_rank::add_input_gradient(g, lora_As, dropout, dx);
+  } else if (dropout) {
+    masked<true>(at::mm(g, stacked(lora_As, dtype)), dx, *dropout);
   } else {
-    dx.addmm_(g, shrink);
+    dx.addmm_(g, stacked(lora_As, dtype));
   }
   return {dx, std::move(dAs), std::move(dBs)};
 }

@@ -32,7 +32,7 @@ def lora_group_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs y_i [tokens, out_i] and h [tokens, Σ r_i], from x [tokens, in]."""
+    """Outputs y_i [tokens, out_i], and h [tokens, Σ r_i] in float32 (float64 for float64 x), from x [tokens, in]."""
     shrink = torch.cat([a.to(x.dtype) for a in lora_As])
     h = dropout(x, seed, dropout_p) @ shrink.T
     ys = []
@@ -40,7 +40,7 @@ def lora_group_forward(
         weights, biases, lora_Bs, scalings, h.split([a.shape[0] for a in lora_As], dim=1), strict=True
     ):
         ys.append(torch.nn.functional.linear(x, weight, bias) + scaling * (h_i @ lora_B.to(x.dtype).T))
-    return ys, h
+    return ys, h.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def lora_group_backward(
@@ -60,7 +60,7 @@ def lora_group_backward(
     x_hat = dropout(x, seed, dropout_p)
     gs, dAs, dBs = [], [], []
     for dy, lora_A, lora_B, scaling, h_i in zip(
-        dys, lora_As, lora_Bs, scalings, h.split(ranks, dim=1), strict=True
+        dys, lora_As, lora_Bs, scalings, h.to(x.dtype).split(ranks, dim=1), strict=True
     ):
         gs.append(scaling * (dy @ lora_B.to(x.dtype)))
         dAs.append((gs[-1].T @ x_hat).to(lora_A.dtype))

@@ -144,7 +144,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError("the tokenizer has neither a pad nor an eos token: set one of them")
 
 
-def collate(examples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
     """One batch of examples, padded on the right to a multiple of 8 tokens.
 
     Returns:
@@ -171,12 +171,12 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         return collate(examples, self.pad_token_id)
 
 
 def batches(
-    examples: Sequence[Mapping[str, Sequence[int]]],
+    examples: Sequence[Example],
     batch_size: int,
     pad_token_id: int,
     *,

@@ -1,0 +1,40 @@
+// The low-rank half of a LoRA group for bfloat16, on processors with AVX512-BF16: everything around the base product.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "philox.h"
+
+namespace aletheia {
+
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // a word below it drops its element
+  double scale;        // of what is kept
+};
+
+namespace low_rank {
+
+// Whether this processor runs the functions below.
+bool available();
+
+// h [tokens, Σ r_i] float32 = dropout(x) Aᵀ, and y_i += s_i h_i B_iᵀ.
+void forward(
+    const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
+    const std::optional<Dropout>& dropout, at::TensorList ys, at::Tensor& h);
+
+// g [tokens, Σ r_i] bfloat16 = s_i dy_i B_i side by side, dA_i and dB_i float32, in one pass over every dy and x.
+void backward(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList lora_Bs,
+    at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, at::Tensor& g, at::TensorList dAs,
+    at::TensorList dBs);
+
+// dx += mask ⊙ (g A) / (1 - p), for A the stacked lora_As.
+void add_input_gradient(
+    const at::Tensor& g, at::TensorList lora_As, const std::optional<Dropout>& dropout, at::Tensor& dx);
+
+}  // namespace low_rank
+}  // namespace aletheia
