@@ -255,6 +255,8 @@ def _memory_child(model_dir: str, case: str, name: str, tracked: bool, pipe: Any
 def memory(model_dir: str, case: str, threads: int) -> dict[str, Any]:
     """Peaks of each pass, each in a fresh process: once followed tensor by tensor, once undisturbed."""
     context = multiprocessing.get_context("spawn")
+    # Blocks of a mebibyte and more go back to the system when freed: the peak is then of memory in use, not of holes.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
     result: dict[str, Any] = {}
     for name in PASSES:
         result[name] = {}
