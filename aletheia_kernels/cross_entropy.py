@@ -72,7 +72,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dloss: Tensor, _ddh: Tensor) -> tuple:
     (dh,) = ctx.saved_tensors
-    return (dh * dloss.to(dh.dtype), None, None, None, None, None)
+    # A 0-d factor does not promote: the product rounds once, to dh's dtype.
+    return dh * dloss, None, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -133,3 +133,22 @@ def test_arguments_that_do_not_fit_are_named(backend, spoil, message):
     h, weight, labels = spoil(h, weight, labels)
     with pytest.raises(RuntimeError, match=message):
         linear_cross_entropy(h, weight, labels)
+
+
+def test_a_mean_over_rows_scales_the_gradient_exactly(backend, two_times_rule):
+    # 1/77 is not a bf16 number: rounded before the product, it would put one factor on every element.
+    h, weight, _, labels = operands(77, 32, 200, torch.bfloat16)
+
+    def mean(h: Tensor, weight: Tensor, ours: bool) -> Tensor:
+        leaf = h.clone().requires_grad_()
+        if ours:
+            loss = linear_cross_entropy(leaf, weight, labels) / 77
+        else:
+            wide = (leaf @ weight.T).to(torch.promote_types(h.dtype, torch.float32))
+            loss = torch.nn.functional.cross_entropy(wide, labels)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    exact = mean(h.double(), weight.double(), ours=False)
+    two_times_rule("dh", mean(h, weight, ours=True), mean(h, weight, ours=False), exact)
+    scale = (mean(h, weight, ours=True).double() * exact).sum() / exact.square().sum()
+    assert abs(scale - 1) < 1e-3

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from aletheia_tune.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
