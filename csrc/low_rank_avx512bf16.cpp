@@ -4,7 +4,7 @@
 //
 //   rows     C[m, :] (+)= a[m, :] B      a row-major, B packed in pairs along the inner dimension;
 //                                        shrink h = x̂ Aᵀ, expand y += (s h) Bᵀ, g = dy (s B), dx += g A
-//   columns  C[r, :] += Σ_t c[t, r] z[t, :]   z row-major, its rows interleaved in pairs on the way into registers;
+//   columns  C[r, :] += Σ_t c[t, r] z[t, :]   z a block of tokens, its rows interleaved in pairs;
 //                                        dB_iᵀ = h_iᵀ (s dy_i), dA = gᵀ x̂
 //
 // Tokens are walked in blocks, one thread a run of blocks, so that dy serves g and dB, and x serves dA, while it is in
@@ -143,19 +143,48 @@ void rows_product(const bf16* a, int64_t lda, int64_t rows, const Packed& b, voi
   }
 }
 
+// A block of rows of z with the rows of each pair interleaved: for every 32 columns and pair of tokens, two registers.
+// Rows are read from end to end, which the hardware prefetches; 32 columns of 64 rows would be 64 pages apart.
+class Interleaved {
+ public:
+  int64_t pairs = 0;
+
+  void load(const bf16* z, int64_t ldz, int64_t tokens, int64_t columns) {
+    pairs = (tokens + 1) / 2;
+    stride_ = pairs * 4 * kLanes + kSkew;
+    data_.resize((columns + 2 * kLanes - 1) / (2 * kLanes) * stride_);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const bf16* row = z + 2 * pair * ldz;
+      uint16_t* target = data_.data() + pair * 4 * kLanes;
+      for (int64_t column = 0; column < columns; column += 2 * kLanes, target += stride_) {
+        const int64_t left = columns - column;
+        const __mmask32 mask = left >= 2 * kLanes ? __mmask32(~0u) : __mmask32((1u << left) - 1u);
+        const __m512i even = _mm512_maskz_loadu_epi16(mask, row + column);
+        const __m512i odd =
+            2 * pair + 1 < tokens ? _mm512_maskz_loadu_epi16(mask, row + ldz + column) : _mm512_setzero_si512();
+        // Within each 128-bit lane: columns 0-3 of the lane's eight here, 4-7 there; put right when C is stored.
+        _mm512_storeu_si512(target, _mm512_unpacklo_epi16(even, odd));
+        _mm512_storeu_si512(target + 2 * kLanes, _mm512_unpackhi_epi16(even, odd));
+      }
+    }
+  }
+  const uint16_t* columns(int64_t column) const { return data_.data() + column / (2 * kLanes) * stride_; }
+
+ private:
+  static constexpr int64_t kSkew = 2 * kLanes;  // neighbouring column blocks start in different cache sets
+  int64_t stride_ = 0;
+  std::vector<uint16_t> data_;
+};
+
 // 32 columns of kRanks rows of C += Σ over pairs of tokens. coefficients [ranks, pairs] hold two bfloat16 each.
 template <int kRanks>
 void column_kernel(
-    const uint32_t* coefficients, int64_t pairs, int64_t tokens, const bf16* z, int64_t ldz, __mmask32 mask, float* c,
-    int64_t ldc) {
+    const uint32_t* coefficients, int64_t pairs, const uint16_t* z, int64_t columns, float* c, int64_t ldc) {
   __m512 low[kRanks], high[kRanks];
   for (int r = 0; r < kRanks; ++r) low[r] = high[r] = _mm512_setzero_ps();
   for (int64_t pair = 0; pair < pairs; ++pair) {
-    const __m512i even = _mm512_maskz_loadu_epi16(mask, z + 2 * pair * ldz);
-    const __m512i odd =
-        2 * pair + 1 < tokens ? _mm512_maskz_loadu_epi16(mask, z + (2 * pair + 1) * ldz) : _mm512_setzero_si512();
-    // Within each 128-bit lane: columns 0-3 of the lane's eight here, 4-7 there; put right when C is stored.
-    const __m512i first = _mm512_unpacklo_epi16(even, odd), second = _mm512_unpackhi_epi16(even, odd);
+    const __m512i first = _mm512_loadu_si512(z + pair * 4 * kLanes);
+    const __m512i second = _mm512_loadu_si512(z + pair * 4 * kLanes + 2 * kLanes);
     for (int r = 0; r < kRanks; ++r) {
       const __m512i coefficient = _mm512_set1_epi32(static_cast<int>(coefficients[r * pairs + pair]));
       low[r] = multiply_add(low[r], coefficient, first);
@@ -164,7 +193,7 @@ void column_kernel(
   }
   const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  const __mmask16 mask_left = static_cast<__mmask16>(mask), mask_right = static_cast<__mmask16>(mask >> 16);
+  const __mmask16 mask_left = first_lanes(columns), mask_right = first_lanes(std::max<int64_t>(columns - kLanes, 0));
   for (int r = 0; r < kRanks; ++r) {
     float* target = c + r * ldc;
     const __m512 columns_left = _mm512_permutex2var_ps(low[r], left, high[r]);
@@ -185,20 +214,16 @@ constexpr auto kColumnKernels = column_kernels(std::make_integer_sequence<int, k
 
 // C [ranks, columns] += coefficientsᵀ z over one block of tokens.
 void columns_product(
-    const std::vector<uint32_t>& coefficients, int64_t ranks, int64_t tokens, const bf16* z, int64_t ldz,
-    int64_t columns, float* c) {
-  const int64_t pairs = (tokens + 1) / 2, passes = (ranks + kMaxRanks - 1) / kMaxRanks;
-  for (int64_t column = 0; column < columns; column += 2 * kLanes) {
-    const int64_t left = columns - column;
-    const __mmask32 mask = left >= 2 * kLanes ? __mmask32(~0u) : __mmask32((1u << left) - 1u);
+    const std::vector<uint32_t>& coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c) {
+  const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;
+  for (int64_t column = 0; column < columns; column += 2 * kLanes)
     for (int64_t pass = 0, rank = 0; pass < passes; ++pass) {
       const int64_t count = (ranks - rank + passes - pass - 1) / (passes - pass);
       kColumnKernels[count - 1](
-          coefficients.data() + rank * pairs, pairs, tokens, z + column, ldz, mask, c + rank * columns + column,
-          columns);
+          coefficients.data() + rank * z.pairs, z.pairs, z.columns(column), columns - column,
+          c + rank * columns + column, columns);
       rank += count;
     }
-  }
 }
 
 // Two tokens' values of one rank side by side, ranks outermost: what a column kernel broadcasts.
@@ -351,6 +376,7 @@ void backward(
     Input input(x, dropout);
     std::vector<float> g_block(kTokens * ranks);
     std::vector<uint32_t> coefficients;
+    Interleaved interleaved;
     for (int64_t start = first; start < last; start += kTokens) {
       const int64_t count = std::min(kTokens, last - start);
       for (size_t i = 0; i < dys.size(); ++i) {
@@ -360,12 +386,14 @@ void backward(
         pair_up(coefficients, rank, count, [&](int64_t t, int64_t r) {
           return h_data[(start + t) * ranks + offsets[i] + r];
         });
-        columns_product(coefficients, rank, count, dy, ld, out, dB + dB_offsets[i]);
+        interleaved.load(dy, ld, count, out);
+        columns_product(coefficients, rank, interleaved, out, dB + dB_offsets[i]);
       }
       for (int64_t e = 0; e < count * ranks; ++e) g_data[start * ranks + e] = static_cast<bf16>(g_block[e]);
       pair_up(coefficients, ranks, count, [&](int64_t t, int64_t r) { return g_block[t * ranks + r]; });
       const auto [rows, ld] = input.rows(start, count);
-      columns_product(coefficients, ranks, count, rows, ld, features, dA);
+      interleaved.load(rows, ld, count, features);
+      columns_product(coefficients, ranks, interleaved, features, dA);
     }
   });
   const at::Tensor total = threads > 1 ? sums.sum(0) : sums[0];
