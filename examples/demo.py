@@ -45,12 +45,12 @@ HELD_OUT_EXAMPLES = 48
 # 8 windows of 512 tokens.
 HAMLET_CHARACTERS = 14_000
 CONFIG = TrainConfig(
-    steps=40,
+    steps=36,
     batch_size=4,
     learning_rate=1e-3,
     warmup=4,
     max_length=256,
-    eval_every=10,
+    eval_every=12,
     eval_batch_size=8,
 )
 SLICE_STEPS = 4
@@ -272,7 +272,7 @@ def main() -> int:
     # PEFT asks transformers for something under a name that is going away; by the environment for the arms too.
     os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning:transformers.modeling_utils"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.modeling_utils")
-    console = Console(highlight=False, width=max(Console().width, TABLE_WIDTH))
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, TABLE_WIDTH))
     try:
         _refuse_foreign(RUNS / "demo")
         run(_smollm2_task(console), RUNS / "demo", console)

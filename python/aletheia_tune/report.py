@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Facts = Sequence[tuple[str, str]]
 
+# Batches of unlike length differ by less than this.
+DISTURBED = 4
+
 
 def write_report(
     path: str | os.PathLike[str],
@@ -116,7 +119,19 @@ def verdict(result: RaceResult, scores: Scores) -> str:
             f"“{arm.name}” has {_loss(arm)}, each step {speedup:.2f} times as fast, "
             f"{training.history[-1].seconds + probe:.0f} s in all{charged}."
         )
+    disturbed = sum(_disturbed_steps(arm) for arm in result.arms)
+    if disturbed:
+        sentences.append(
+            f"Of all steps, {disturbed} took more than {DISTURBED} times their arm's median, so something else "
+            "used the machine: go by the medians, not by the times in all."
+        )
     return " ".join(sentences)
+
+
+def _disturbed_steps(arm: ArmResult) -> int:
+    median = arm.training.step_seconds
+    assert median is not None
+    return sum(record.step_seconds > DISTURBED * median for record in arm.training.history)
 
 
 def _limits(result: RaceResult) -> str:

@@ -243,6 +243,15 @@ def test_a_race_whose_losses_disagree_gives_no_speed(tmp_path, result, scores):
     assert "times as fast" not in html
 
 
+def test_a_disturbed_machine_is_owned_up_to(tmp_path, result, scores):
+    assert "something else used the machine" not in write(tmp_path, result, scores)
+    last = result.arms[-1]
+    slow = replace(last.training.history[3], step_seconds=40.0)
+    training = replace(last.training, history=(*last.training.history[:3], slow, *last.training.history[4:]))
+    disturbed = replace(result, arms=(*result.arms[:-1], replace(last, training=training)))
+    assert "Of all steps, 1 took more than 4 times" in write(tmp_path, disturbed, scores, overwrite=True)
+
+
 def test_the_commands_and_the_machine_stand_there(html, page):
     assert "make run\naletheia plan --layers 50%" in "".join(page.text)
     for name, value in machine_facts():
