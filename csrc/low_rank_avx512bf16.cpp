@@ -120,27 +120,32 @@ inline void row_kernel(const bf16* a, int64_t lda, const Packed& b, int64_t pane
   }
 }
 
-template <int kPanels, int kRows, Into kInto>
-inline void row_panels(const bf16* a, int64_t lda, int64_t rows, const Packed& b, int64_t panel, char* c, int64_t ldc) {
-  constexpr int64_t kSize = kInto == Into::kFloat ? sizeof(float) : sizeof(bf16);
-  int64_t m = 0;
-  for (; m + kRows <= rows; m += kRows)
-    row_kernel<kRows, kPanels, kInto>(a + m * lda, lda, b, panel, c + m * ldc * kSize, ldc);
-  for (; m < rows; ++m) row_kernel<1, kPanels, kInto>(a + m * lda, lda, b, panel, c + m * ldc * kSize, ldc);
-}
-
-// C [rows, b.outer] = or += a [rows, b.inner] B.
-template <Into kInto>
-void rows_product(const bf16* a, int64_t lda, int64_t rows, const Packed& b, void* c, int64_t ldc) {
-  char* out = static_cast<char*>(c);
+// kRows rows of C from end to end: what is added to is read in order, and the rows of a stay in first-level cache.
+template <int kRows, Into kInto>
+void row_strip(const bf16* a, int64_t lda, const Packed& b, void* c, int64_t ldc) {
   for (int64_t panel = 0; panel < b.panels; panel += kMaxPanels) {
     switch (std::min(kMaxPanels, b.panels - panel)) {
-      case 1: row_panels<1, 16, kInto>(a, lda, rows, b, panel, out, ldc); break;
-      case 2: row_panels<2, 8, kInto>(a, lda, rows, b, panel, out, ldc); break;
-      case 3: row_panels<3, 8, kInto>(a, lda, rows, b, panel, out, ldc); break;
-      default: row_panels<4, 6, kInto>(a, lda, rows, b, panel, out, ldc); break;
+      case 1: row_kernel<kRows, 1, kInto>(a, lda, b, panel, c, ldc); break;
+      case 2: row_kernel<kRows, 2, kInto>(a, lda, b, panel, c, ldc); break;
+      case 3: row_kernel<kRows, 3, kInto>(a, lda, b, panel, c, ldc); break;
+      default: row_kernel<kRows, 4, kInto>(a, lda, b, panel, c, ldc); break;
     }
   }
+}
+
+// C [rows, b.outer] = or += a [rows, b.inner] B. The fewer panels, the more rows it takes to keep the adders busy.
+template <Into kInto>
+void rows_product(const bf16* a, int64_t lda, int64_t rows, const Packed& b, void* c, int64_t ldc) {
+  constexpr int64_t kSize = kInto == Into::kFloat ? sizeof(float) : sizeof(bf16);
+  int64_t m = 0;
+  const auto strips = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    for (; m + kRows <= rows; m += kRows)
+      row_strip<kRows, kInto>(a + m * lda, lda, b, static_cast<char*>(c) + m * ldc * kSize, ldc);
+  };
+  if (b.panels == 1) strips(std::integral_constant<int, 12>{});
+  if (b.panels <= 3) strips(std::integral_constant<int, 8>{});
+  strips(std::integral_constant<int, 6>{});
+  strips(std::integral_constant<int, 1>{});
 }
 
 // A block of rows of z with the rows of each pair interleaved: for every 32 columns and pair of tokens, two registers.
