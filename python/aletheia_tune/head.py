@@ -3,8 +3,7 @@
 A causal language model usually makes logits [tokens, vocabulary] for every token, although only labelled tokens enter
 the loss. Inside :func:`labelled_head` the model's output embedding hands its hidden states on as they are, and the
 model's loss picks the rows that have a label and runs :func:`aletheia_kernels.linear_cross_entropy` on them, which
-never holds more than a block of logits. Whatever else the model adds to its loss (a router's auxiliary loss) it still
-adds.
+never holds more than a block of logits. Whatever else the model adds to its loss (a router's auxiliary loss) stays.
 """
 
 from __future__ import annotations

@@ -266,7 +266,9 @@ def apply_kernels(
         UserError: the model has no LoRA layer; with ``strict``, a module that the operator does not serve.
     """
     restore(model)
-    adapted: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted: dict[str, Any] = {
+        n: module for n, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     if not adapted:
         raise UserError("apply_kernels: the model has no LoRA layer; wrap it with peft.get_peft_model first")
     reasons = {name: _structural_reason(layer) or _state_reason(layer) for name, layer in adapted.items()}

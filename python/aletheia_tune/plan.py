@@ -193,8 +193,7 @@ class Plan:
                 f"expert parameter {parameters[0]!r} cannot have dropout {self.dropout}: plan dropout 0"
             )
 
-        # PEFT wrongly warns that patterns which match a parameter are ignored, so parameters set the common
-        # values.
+        # PEFT wrongly warns that patterns which match a parameter are ignored, so parameters set the common values.
         common = [self.modules[name] for name in parameters or linears]
         rank = Counter(module.rank for module in common).most_common(1)[0][0]
         alpha = Counter(module.alpha for module in common).most_common(1)[0][0]
@@ -242,9 +241,7 @@ class Plan:
                 )
 
     def explain(self) -> str:
-        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its
-        modules.
-        """
+        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its modules."""
         scores = self.meta.get("layer_scores") or []
         adapted: dict[int, dict[int, list[str]]] = {}
         for index, name in self._by_layer():
@@ -300,12 +297,10 @@ def make_plan(
         layers: the share of the layers to adapt, in percent, in (0, 100].
         ranks: "uniform" (``rank``); "by-type" (``attention_rank``, ``mlp_rank``, and ``rank`` for what is
             neither); "by-score" (in proportion to each module's score; see `ranks_by_score`).
-        budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would
-            cost.
+        budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would cost.
         alpha: of every module; by default 2 · its rank, so that alpha / rank is 2 (the published 32 / 16)
             throughout.
-        targets: the modules to adapt, by full name or by its end ("q_proj", "mlp.up_proj"); by default all
-            scored.
+        targets: the modules to adapt, by full name or by its end ("q_proj", "mlp.up_proj"); by default all scored.
 
     Raises:
         UserError: a share outside (0, 100], a rank or alpha of 0 or less, a rank above a module's in_features

@@ -39,8 +39,7 @@ class PrefixCut:
             return
         self._prefix = list(layers)[:lowest_layer]
         self._handles.append(layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
-        # Registered after the detaching hook, which therefore runs first when the lowest layer is the first
-        # one.
+        # Registered after the detaching hook, which therefore runs first when the lowest layer is the first one.
         self._handles.append(layers[lowest_layer].register_forward_pre_hook(_enter_lowest, with_kwargs=True))
 
     def remove(self) -> None:
@@ -78,8 +77,7 @@ def cut_prefix(model: nn.Module) -> PrefixCut:
         model: a causal language model, bare or wrapped by PEFT.
 
     Returns:
-        The cut, to be undone by its `remove()`. There is none, and `reason` says why, when nothing in the
-        layers is
+        The cut, to be undone by its `remove()`. There is none, and `reason` says why, when nothing in the layers is
         trainable or when something trainable feeds them: input embeddings, a soft prompt, a vision tower.
 
     Raises:
@@ -104,8 +102,7 @@ def _parameters_above(model: nn.Module, layers: nn.ModuleList) -> set[int]:
     """Ids of the parameters that can only act on what the layers put out.
 
     Models register their parts in the order of use, so what the bare model registers after the layers (final
-    norm, head) comes after them. A head tied to the input embeddings is the same parameter, registered before
-    them.
+    norm, head) comes after them. A head tied to the input embeddings is the same parameter, registered before them.
     """
     in_layers = {id(parameter) for parameter in layers.parameters()}
     above: set[int] = set()

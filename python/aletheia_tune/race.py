@@ -1,9 +1,7 @@
 """The referee: ways to fine-tune one model, each in a process of its own, take turns on one machine.
 
-Every arm gets the same data in the same order, the same batches, threads and allocator settings, and computes
-only
-while it holds the baton, a few steps at a time: a machine that slows down or speeds up does so for all of
-them.
+Every arm gets the same data in the same order, the same batches, threads and allocator settings, and computes only
+while it holds the baton, a few steps at a time: a machine that slows down or speeds up does so for all of them.
 """
 
 from __future__ import annotations
@@ -333,8 +331,7 @@ class _Task:
 
 
 def _run_arm(task: _Task, pipe: Connection) -> None:
-    # Ctrl-C reaches every process of the terminal; the referee ends the arms, which would otherwise each say
-    # so.
+    # Ctrl-C reaches every process of the terminal; the referee ends the arms, which would otherwise each say so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         pipe.recv()
@@ -449,8 +446,7 @@ def _turn(name: str, process: SpawnProcess, pipe: Connection) -> Any:
 
 def _raise(name: str, kind: str, content: Any) -> None:
     if kind == "nonfinite":
-        # The arm's own output directory goes with the race's, so its message's last part would not be true
-        # here.
+        # The arm's own output directory goes with the race's, so its message's last part would not be true here.
         text, step = content
         raise NonFiniteLoss(
             f"arm {name}: {text.split(';')[0]}; the race is void and nothing was written", step=step

@@ -149,10 +149,8 @@ class TrainResult:
         history: every optimizer step.
         evals: every evaluation, the first before training (step 0).
         trainable_parameters: number of adapter weights.
-        peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated
-            memory.
-        patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without
-            kernels.
+        peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated memory.
+        patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
         prefix_layers: layers that ran without an autograd graph.
         stopped: why training ended early; None when it ran to its end.
@@ -341,8 +339,7 @@ def fine_tune(
     Args:
         model: the pretrained model, without adapters; moved to the accelerator if there is one.
         tokenizer: for its padding id.
-        train_examples: `input_ids` and `labels` (-100 where not trained on), as `data.load_examples` gives
-            them.
+        train_examples: `input_ids` and `labels` (-100 where not trained on), as `data.load_examples` gives them.
         eval_examples: held-out examples, evaluated before and after training and every `eval_every` steps; or
             None.
         plan: which modules, of which rank.
@@ -462,8 +459,7 @@ class _Run(TrainerCallback):
         self.step_tokens = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # These weights gave a finite loss and finite gradients; of those that the update makes nothing is
-        # known yet.
+        # These weights gave a finite loss and finite gradients; of those that the update makes nothing is known yet.
         weights = [parameter.detach() for parameter in self.adapters]
         if self._before_update is None:
             self._before_update = [weight.clone() for weight in weights]
@@ -613,8 +609,7 @@ def _trainer(
         warmup_steps=config.warmup,
         max_grad_norm=MAX_GRAD_NORM,
         seed=config.seed,
-        # A seed of its own for the order, so that it does not depend on what was drawn for the adapters'
-        # weights.
+        # A seed of its own for the order, so that it does not depend on what was drawn for the adapters' weights.
         data_seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -18,6 +18,15 @@ def extension_is_built() -> None:
     assert cpu.unavailable_reason() is None, "the C++ extension must be built for the operator tests"
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The operators split their work: on one thread a wrong split would not show."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("ALETHEIA_BACKEND", request.param)

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+
 from aletheia_tune import files
 from aletheia_tune.errors import NonFiniteLoss, UserError
-from safetensors import SafetensorError
 
 
 def listing(directory: Path) -> list[str]:

@@ -6,9 +6,6 @@ import warnings
 
 import pytest
 import torch
-from aletheia_tune.errors import UserError
-from aletheia_tune.plan import ModulePlan, Plan, make_plan, ranks_by_score, uniform_plan
-from aletheia_tune.scores import ModuleScore, Scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +22,10 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from aletheia_tune.errors import UserError
+from aletheia_tune.plan import ModulePlan, Plan, make_plan, ranks_by_score, uniform_plan
+from aletheia_tune.scores import ModuleScore, Scores
 
 SHAPES = {"q_proj": (16, 16), "k_proj": (16, 8), "up_proj": (16, 24), "down_proj": (24, 16)}
 KINDS = {"q_proj": "attention", "k_proj": "attention", "up_proj": "mlp", "down_proj": "mlp"}

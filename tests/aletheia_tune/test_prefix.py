@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from aletheia_tune.layers import find_layers
-from aletheia_tune.prefix import cut_prefix
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +18,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+
+from aletheia_tune.layers import find_layers
+from aletheia_tune.prefix import cut_prefix
 
 CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
 IDS = ["plain", "reentrant", "non-reentrant"]
@@ -136,8 +137,7 @@ def test_no_graph_reaches_the_lowest_adapted_layer(checkpointing):
     with entering(layers[2]) as hidden:
         model(**batch())
     assert hidden[0].grad_fn is None
-    # Only the reentrant checkpoint needs an input with a gradient; elsewhere it would cost products for
-    # nothing.
+    # Only the reentrant checkpoint needs an input with a gradient; elsewhere it would cost products for nothing.
     assert hidden[0].requires_grad == (checkpointing == {"use_reentrant": True})
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
 from aletheia_tune import race as race_module
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.race import ALLOCATOR, Arm, ArmResult, RaceResult, race, text_perplexity
 from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult, held_out_loss, load_model
-from rich.console import Console
 
 CONFIG = TrainConfig(
     steps=5, batch_size=4, learning_rate=1e-2, dtype="float32", progress=False, threads=1, warmup=0

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
 from aletheia_tune import train
 from aletheia_tune.data import Collator, load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
-from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
 
 CONFIG = TrainConfig(
     steps=6, batch_size=4, learning_rate=1e-2, warmup=0, dtype="float32", progress=False, schedule="constant"
