@@ -1,0 +1,356 @@
+"""Seconds of one LoRA training step, arm by arm in turn, beside the time of the matrix products alone.
+
+Task R1: SmolLM2-135M, 4 sequences of 512 tokens of the Python standard library, the first half of each not labelled,
+bf16 base weights, LoRA r=16 on all seven linears, fp32 master adapters, AdamW. Every arm is a process of its own with
+the same allocator settings and threads; one computes at a time, a step each in turn. No ratio is printed when the
+losses of like arms disagree or a gradient norm is zero or not finite.
+
+    python benchmarks/step.py runs/demo-cache/SmolLM2-135M-Instruct --steps 7 --json step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import sysconfig
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+BATCH, LENGTH, RANK, RATE = 4, 512, 16, 2e-4
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+UNIFORM = ("peft_fp32", "peft_bf16", "peft_compiled", "naive", "ours_uniform")
+ARMS = (*UNIFORM, "ours_upper_half", "ours_aletheia")
+FROZEN = "frozen"  # forward and input gradient, no adapter, the head as in our arms
+# Arms that compute the same in other orders of rounding: bf16 keeps 8 bits of a loss of a few nats.
+LOSS_TOLERANCE = 1e-2
+
+# Where a profiled operation belongs, by the start of its name; the first that fits.
+PARTS = (
+    ("low-rank work", ("aletheia_cpu::lora_group",)),
+    ("head and loss", ("aletheia_cpu::linear_cross", "aten::_log_softmax", "aten::nll_loss")),
+    ("attention", ("aten::_scaled_dot_product", "aten::_softmax", "aten::bmm", "aten::baddbmm")),
+    ("products", ("aten::mm", "aten::addmm", "aten::linear", "mkldnn", "aten::mkldnn")),
+    ("optimiser", ("Optimizer", "aten::_fused_adamw", "aten::_foreach", "aten::lerp", "aten::addc")),
+)  # fmt: skip
+
+
+def batches(model_dir: str, count: int) -> list[dict[str, Any]]:
+    """Windows of the standard library's source, the first half of each masked."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    text = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8") * 8
+    ids = torch.tensor(tokenizer(text)["input_ids"][: count * BATCH * LENGTH]).view(count, BATCH, LENGTH)
+    labels = ids.clone()
+    labels[:, :, : LENGTH // 2] = -100
+    return [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+
+
+def hand_written(model: Any) -> None:
+    """PEFT's LoRA linears on the shortest autograd function that anyone would write: bf16 products, fp32 masters."""
+    import torch
+    from peft.tuners.lora.layer import Linear
+
+    class Lora(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, a, b, s):
+            a16, b16 = a.to(x.dtype), b.to(x.dtype)
+            h = x @ a16.T
+            ctx.save_for_backward(x, h, weight, a16, b16)
+            ctx.s = s
+            return torch.nn.functional.linear(x, weight) + s * (h @ b16.T)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, h, weight, a16, b16 = ctx.saved_tensors
+            dy2, x2, h2 = dy.flatten(0, 1), x.flatten(0, 1), h.flatten(0, 1)
+            g = ctx.s * (dy2 @ b16)
+            dx = (dy2 @ weight + g @ a16).view_as(x) if ctx.needs_input_grad[0] else None
+            return dx, None, (g.T @ x2).float(), (ctx.s * (dy2.T @ h2)).float(), None
+
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.forward = lambda x, layer=layer: Lora.apply(
+                x,
+                layer.base_layer.weight,
+                layer.lora_A["default"].weight,
+                layer.lora_B["default"].weight,
+                layer.scaling["default"],
+            )
+
+
+def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The arm's model, ready to be called with a batch, and what it trains."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from aletheia_tune.head import labelled_head
+    from aletheia_tune.patch import apply_kernels
+    from aletheia_tune.plan import make_plan, uniform_plan
+    from aletheia_tune.prefix import cut_prefix
+    from aletheia_tune.probe import probe
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    model.train()
+    if arm == FROZEN:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        stack.enter_context(labelled_head(model))
+        return model, []
+    if arm == "ours_aletheia":
+        plan = make_plan(probe(model, [probe_batch]), layers=50, rank=RANK)
+    else:
+        plan = uniform_plan(model, rank=RANK)
+    config: LoraConfig = plan.to_lora_config(model)
+    if arm == "ours_upper_half":
+        count = model.config.num_hidden_layers
+        config.target_modules = [
+            name for name in plan.modules if any(f".{i}." in name for i in range(count // 2, count))
+        ]
+    torch.manual_seed(0)
+    model = get_peft_model(model, config, autocast_adapter_dtype=arm != "peft_bf16")
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    if arm == "naive":
+        hand_written(model)
+    if arm.startswith("ours"):
+        apply_kernels(model, strict=True)
+        cut_prefix(model)
+        stack.enter_context(labelled_head(model))
+    if arm == "peft_compiled":
+        model = torch.compile(model)
+    return model, adapters
+
+
+def serve(arm: str, model_dir: str, steps: int, threads: int, pipe: Connection) -> None:
+    """One arm: a step whenever asked, what it took in return."""
+    import torch
+
+    torch.set_num_threads(threads)
+    data = batches(model_dir, steps + 2)
+    with ExitStack() as stack:
+        model, adapters = prepare(arm, model_dir, stack, data[0])
+        optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=0.0) if adapters else None
+
+        def step(index: int) -> dict[str, float]:
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = time.perf_counter()
+            loss = model(**data[index]).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(adapters, 1.0).item() if adapters else 0.0
+            if optimizer:
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds = time.perf_counter() - start
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+            return {"seconds": seconds, "loss": loss.item(), "grad_norm": norm, "faults": faults}
+
+        pipe.send("ready")
+        while (request := pipe.recv()) is not None:
+            if request == "profile":
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                    step(steps + 1)
+                pipe.send(breakdown(profiler.key_averages()))
+            else:
+                pipe.send(step(request))
+        from aletheia_tune.environment import peak_memory_mb
+
+        pipe.send(peak_memory_mb())
+
+
+def breakdown(events: Any) -> dict[str, float]:
+    """Self seconds of one profiled step by part; under the profiler, which itself costs some."""
+    parts: dict[str, float] = defaultdict(float)
+    for event in events:
+        name = next(
+            (part for part, starts in PARTS if event.key.startswith(starts)), "norms, rope, activation, other"
+        )
+        parts[name] += event.self_cpu_time_total / 1e6
+    return dict(parts)
+
+
+def floor_seconds(model_dir: str, threads: int) -> float:
+    """The base products, forward and for the input, and the head's two, each at the rate the library reaches here."""
+    import torch
+    from transformers import AutoConfig
+
+    torch.set_num_threads(threads)
+    config = AutoConfig.from_pretrained(model_dir)
+    hidden, ffn, tokens = config.hidden_size, config.intermediate_size, BATCH * LENGTH
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    shapes = [(tokens, hidden, out) for out in (hidden, kv, kv, hidden, ffn, ffn)] + [(tokens, ffn, hidden)]
+    total = 0.0
+    for count, group in (
+        (config.num_hidden_layers, shapes),
+        (1, [(tokens // 2, hidden, config.vocab_size)]),
+    ):
+        for rows, inner, outer in group:
+            x, w = torch.randn(rows, inner).bfloat16(), torch.randn(outer, inner).bfloat16()
+            dy = torch.randn(rows, outer).bfloat16()
+            for product in (lambda x=x, w=w: torch.nn.functional.linear(x, w), lambda dy=dy, w=w: dy @ w):
+                product()
+                times = []
+                for _ in range(5):
+                    start = time.perf_counter()
+                    product()
+                    times.append(time.perf_counter() - start)
+                total += count * statistics.median(times)
+    return total
+
+
+def objection(arms: dict[str, dict[str, Any]]) -> str | None:
+    """Why no speed may be printed; None when the arms agree."""
+    for name, arm in arms.items():
+        if not all(math.isfinite(loss) for loss in arm["losses"]):
+            return f"a loss of {name} is not finite"
+        if name != FROZEN and not all(math.isfinite(norm) and norm > 0 for norm in arm["grad_norms"]):
+            return f"a gradient norm of {name} is zero or not finite"
+    uniform = [name for name in arms if name in UNIFORM]
+    for name in arms:
+        steps = slice(None) if name in UNIFORM else slice(1)  # others agree until the first update
+        for a, b in zip(arms[name]["losses"][steps], arms[uniform[0]]["losses"][steps], strict=True):
+            if abs(a - b) > LOSS_TOLERANCE:
+                return f"losses of {name} and {uniform[0]} differ by {abs(a - b):.3g}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model_dir")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--allocator", choices=["tuned", "default"], default="tuned")
+    parser.add_argument("--arms", default=",".join(arm for arm in ARMS if arm != "peft_compiled"))
+    parser.add_argument(
+        "--compiled", action="store_true", help="add PEFT under torch.compile (compiling takes minutes)"
+    )
+    parser.add_argument("--profile", action="store_true", help="one more step an arm, by part")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    names = [*options.arms.split(","), *(["peft_compiled"] if options.compiled else [])]
+    unknown = [name for name in names if name not in ARMS]
+    if unknown or names[0] not in UNIFORM:
+        parser.error(f"arms are {', '.join(ARMS)}, a uniform one first; given {options.arms}")
+    if options.allocator == "tuned":
+        os.environ.update(ALLOCATOR)
+
+    console = Console(width=130, highlight=False)
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name in (*names, FROZEN):
+        pipes[name], other = context.Pipe()
+        arguments = (name, options.model_dir, options.steps, options.threads, other)
+        context.Process(target=serve, args=arguments, daemon=True).start()
+        pipes[name].recv()
+    records: dict[str, list[dict[str, float]]] = {name: [] for name in pipes}
+    for index in range(options.steps + 1):
+        for name, pipe in pipes.items():
+            pipe.send(index)
+            records[name].append(pipe.recv())
+        console.print(f"step {index}/{options.steps} of every arm", end="\r")
+    parts = {}
+    if options.profile:
+        for name, pipe in pipes.items():
+            pipe.send("profile")
+            parts[name] = pipe.recv()
+    arms: dict[str, dict[str, Any]] = {}
+    for name, pipe in pipes.items():
+        pipe.send(None)
+        counted = records[name][1:]  # the first step compiles, packs and faults in
+        seconds = [record["seconds"] for record in counted]
+        arms[name] = {
+            "median_s": statistics.median(seconds),
+            "quartiles_s": statistics.quantiles(seconds, n=4)[::2],
+            "first_s": records[name][0]["seconds"],
+            "faults": statistics.median(record["faults"] for record in counted),
+            "losses": [record["loss"] for record in records[name]],
+            "grad_norms": [record["grad_norm"] for record in records[name]],
+            "peak_mb": pipe.recv(),
+            "parts_s": parts.get(name),
+        }
+    floor = floor_seconds(options.model_dir, options.threads)
+    refusal = objection(arms)
+    show(console, arms, floor, refusal)
+    if options.json:
+        frozen = arms.pop(FROZEN)
+        result = {
+            "floor_s": floor,
+            "frozen_s": frozen["median_s"],
+            "allocator": options.allocator,
+            "threads": options.threads,
+            "machine": platform.processor() or platform.machine(),
+            "objection": refusal,
+            "frozen": frozen,
+            "arms": arms,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if refusal is None else 1
+
+
+def show(console: Console, arms: dict[str, dict[str, Any]], floor: float, refusal: str | None) -> None:
+    """The table, and the parts of a step where they were profiled."""
+    fastest = {name: arm["median_s"] for name, arm in arms.items()}
+    reference = next(iter(arms))
+    table = Table(title=f"R1, one step; products alone {floor:.2f} s")
+    for column in (
+        "arm",
+        "s (middle half)",
+        f"× {reference}",
+        "/ floor",
+        "peak MiB",
+        "faults",
+        "loss first → last",
+        "‖g‖",
+    ):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, arm in arms.items():
+        low, high = arm["quartiles_s"]
+        table.add_row(
+            name,
+            f"{arm['median_s']:.2f} ({low:.2f}-{high:.2f})" if refusal is None else "-",
+            f"{fastest[reference] / arm['median_s']:.2f}" if refusal is None else "-",
+            f"{arm['median_s'] / floor:.2f}" if refusal is None else "-",
+            f"{arm['peak_mb']:,.0f}",
+            f"{arm['faults']:,.0f}",
+            f"{arm['losses'][0]:.4f} → {arm['losses'][-1]:.4f}",
+            f"{arm['grad_norms'][-1]:.3f}",
+        )
+    console.print(table)
+    if refusal:
+        console.print(f"no speed is shown: {refusal}")
+    elif "ours_uniform" in arms:
+        tax = arms["ours_uniform"]["median_s"] / arms[FROZEN]["median_s"] - 1
+        console.print(f"LoRA tax of ours_uniform over the frozen model's step: {tax:.1%}")
+    names = sorted({part for arm in arms.values() for part in arm["parts_s"] or {}})
+    if names:
+        table = Table(title="seconds by part, one step under the profiler")
+        for column in ("arm", *names):
+            table.add_column(column, justify="left" if column == "arm" else "right")
+        for name, arm in arms.items():
+            table.add_row(name, *(f"{(arm['parts_s'] or {}).get(part, 0.0):.2f}" for part in names))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
