@@ -1,6 +1,7 @@
 """Operators for LoRA fine-tuning that trains only what the task needs. Depends on torch alone."""
 
 from aletheia_kernels import backends
+from aletheia_kernels.attention import range_attention
 from aletheia_kernels.cross_entropy import linear_cross_entropy
 from aletheia_kernels.grad_norm import (
     bias_grad_norm_sq,
@@ -16,6 +17,7 @@ __all__ = [
     "embedding_grad_norm_sq",
     "linear_cross_entropy",
     "lora_group",
+    "range_attention",
     "weight_grad_norm_sq",
     "weight_grad_norm_sq_sketch",
 ]

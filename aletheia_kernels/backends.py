@@ -21,6 +21,7 @@ OPERATORS = (
     "embedding_grad_norm_sq",
     "bias_grad_norm_sq",
     "linear_cross_entropy",
+    "range_attention",
 )
 NAMES = ("reference", "cpu", "triton")
 
@@ -37,21 +38,19 @@ class Choice:
     reason: str
 
 
-def _refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why backend ``name`` cannot serve tensors of this device and dtype; None when it can."""
+def _refusal(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` cannot serve the operator on tensors of this device and dtype; None when it can."""
     if name == "reference":
         return None
     if name == "cpu":
         if device_type != "cpu":
             return f"it serves CPU tensors, not {device_type}"
-        if dtype not in cpu.DTYPES:
-            return f"it has no {dtype}"
-        return cpu.unavailable_reason()
+        return cpu.refusal(operator, dtype)
     return "this version has no Triton operators"
 
 
-def choose(device_type: str, dtype: torch.dtype) -> Choice:
-    """The backend for tensors of this device and dtype.
+def choose(operator: str, device_type: str, dtype: torch.dtype) -> Choice:
+    """The backend that serves the operator on tensors of this device and dtype.
 
     Raises:
         BackendError: ``ALETHEIA_BACKEND`` names no backend, or one that cannot serve.
@@ -60,24 +59,24 @@ def choose(device_type: str, dtype: torch.dtype) -> Choice:
     if wish:
         if wish not in NAMES:
             raise BackendError(f"ALETHEIA_BACKEND={wish!r} names no backend: use one of {', '.join(NAMES)}")
-        refusal = _refusal(wish, device_type, dtype)
+        refusal = _refusal(wish, operator, device_type, dtype)
         if refusal:
-            raise BackendError(f"ALETHEIA_BACKEND={wish} cannot serve this call: {refusal}")
+            raise BackendError(f"ALETHEIA_BACKEND={wish} cannot serve {operator}: {refusal}")
         return Choice(wish, "forced by ALETHEIA_BACKEND")
     refusals = []
     for name in ("triton", "cpu"):
-        refusal = _refusal(name, device_type, dtype)
+        refusal = _refusal(name, operator, device_type, dtype)
         if refusal is None:
             return Choice(name, f"compiled operators for {device_type} tensors")
         refusals.append(f"{name}: {refusal}")
     return Choice("reference", "; ".join(refusals))
 
 
-def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The module whose functions serve tensors of this device and dtype (same signatures in every backend)."""
-    return cpu if choose(device_type, dtype).backend == "cpu" else reference
+def implementation(operator: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The module whose functions serve the operator here (same signatures in every backend)."""
+    return cpu if choose(operator, device_type, dtype).backend == "cpu" else reference
 
 
 def explain(device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, Choice]:
     """For every operator, the backend that would serve tensors of this device and dtype, and why."""
-    return {operator: choose(device_type, dtype) for operator in OPERATORS}
+    return {operator: choose(operator, device_type, dtype) for operator in OPERATORS}

@@ -36,7 +36,9 @@ def _weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
     _check_pair(x, dy)
     torch._check(method in METHODS, lambda: f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     with outside_autocast(x):
-        return implementation(x.device.type, x.dtype).weight_grad_norm_sq(x, dy, method)
+        return implementation("weight_grad_norm_sq", x.device.type, x.dtype).weight_grad_norm_sq(
+            x, dy, method
+        )
 
 
 @_weight_grad_norm_sq.register_fake
@@ -53,7 +55,9 @@ def _weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[T
         lambda: f"omega: expected [{x.shape[1]}, at least 2], got {tuple(omega.shape)}",
     )
     with outside_autocast(x):
-        return implementation(x.device.type, x.dtype).weight_grad_norm_sq_sketch(x, dy, omega)
+        return implementation(
+            "weight_grad_norm_sq_sketch", x.device.type, x.dtype
+        ).weight_grad_norm_sq_sketch(x, dy, omega)
 
 
 @_weight_grad_norm_sq_sketch.register_fake
@@ -68,7 +72,9 @@ def _embedding_grad_norm_sq(indices: Tensor, dy: Tensor) -> Tensor:
         indices.dim() == 1 and dy.dim() == 2 and indices.shape[0] == dy.shape[0],
         lambda: f"expected indices [tokens], dy [tokens, dim], got {tuple(indices.shape)}, {tuple(dy.shape)}",
     )
-    return implementation(dy.device.type, dy.dtype).embedding_grad_norm_sq(indices, dy)
+    return implementation("embedding_grad_norm_sq", dy.device.type, dy.dtype).embedding_grad_norm_sq(
+        indices, dy
+    )
 
 
 @_embedding_grad_norm_sq.register_fake
@@ -79,7 +85,7 @@ def _(indices: Tensor, dy: Tensor) -> Tensor:
 @torch.library.custom_op("aletheia::bias_grad_norm_sq", mutates_args=())
 def _bias_grad_norm_sq(dy: Tensor) -> Tensor:
     torch._check(dy.dim() == 2, lambda: f"dy: expected [tokens, out], got {tuple(dy.shape)}")
-    return implementation(dy.device.type, dy.dtype).bias_grad_norm_sq(dy)
+    return implementation("bias_grad_norm_sq", dy.device.type, dy.dtype).bias_grad_norm_sq(dy)
 
 
 @_bias_grad_norm_sq.register_fake

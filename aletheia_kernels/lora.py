@@ -90,7 +90,7 @@ def _check(
 )
 def _lora_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-    backend = implementation(x.device.type, x.dtype)
+    backend = implementation("lora_group", x.device.type, x.dtype)
     with outside_autocast(x):
         return backend.lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
 
@@ -113,7 +113,7 @@ def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     ),
 )
 def _lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx):
-    backend = implementation(x.device.type, x.dtype)
+    backend = implementation("lora_group", x.device.type, x.dtype)
     with outside_autocast(x):
         return backend.lora_group_backward(
             dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx

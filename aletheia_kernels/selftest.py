@@ -99,6 +99,24 @@ def _cross_entropy(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return [loss.detach(), grads[0]], [expected.detach(), grads[1]]
 
 
+def _attention(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    q, k, v = (torch.randn(2, heads, 70, 24).to(dtype) for heads in (4, 2, 2))
+    last = torch.arange(1, 71, dtype=torch.int32).expand(2, 70)
+    first = (last - 50).clamp_min(0)
+
+    def run(as_dtype: torch.dtype, attend: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.to(as_dtype, copy=True).requires_grad_() for t in (q, k, v)]
+        o = attend(*leaves)
+        return [o.detach(), *torch.autograd.grad(o.square().sum(), leaves)]
+
+    def plain(*qkv: Tensor) -> Tensor:
+        return reference.attention_forward(*qkv, first, last, 24**-0.5)[0]
+
+    return run(dtype, lambda *qkv: aletheia_kernels.range_attention(*qkv, first, last)), run(
+        torch.float64, plain
+    )
+
+
 _CHECKS = {
     "lora_group": _lora,
     "weight_grad_norm_sq": _weight_norm,
@@ -106,6 +124,7 @@ _CHECKS = {
     "embedding_grad_norm_sq": _embedding,
     "bias_grad_norm_sq": _bias,
     "linear_cross_entropy": _cross_entropy,
+    "range_attention": _attention,
 }
 # Relative RMS error allowed: a few units in the last place of the dtype, for sums of a few hundred terms.
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -132,7 +151,7 @@ def run() -> list[SelfTestResult]:
             results.append(
                 SelfTestResult(
                     operator=operator,
-                    backend=backends.choose("cpu", torch.bfloat16).backend,
+                    backend=backends.choose(operator, "cpu", torch.bfloat16).backend,
                     ok=worst[0] <= worst[1],
                     error=worst[0],
                     allowed=worst[1],

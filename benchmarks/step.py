@@ -38,7 +38,7 @@ ALLOCATOR = {
 }
 UNIFORM = ("peft_fp32", "peft_bf16", "peft_compiled", "naive", "ours_uniform")
 ARMS = (*UNIFORM, "ours_upper_half", "ours_aletheia")
-FROZEN = "frozen"  # forward and input gradient, no adapter, the head as in our arms
+FROZEN = "frozen"  # forward and input gradient, no adapter; head and attention as in our arms
 # Arms that compute the same in other orders of rounding: bf16 keeps 8 bits of a loss of a few nats.
 LOSS_TOLERANCE = 1e-2
 
@@ -46,7 +46,7 @@ LOSS_TOLERANCE = 1e-2
 PARTS = (
     ("low-rank work", ("aletheia_cpu::lora_group",)),
     ("head and loss", ("aletheia_cpu::linear_cross", "aten::_log_softmax", "aten::nll_loss")),
-    ("attention", ("aten::_scaled_dot_product", "aten::_softmax", "aten::bmm", "aten::baddbmm")),
+    ("attention", ("aletheia_cpu::attention", "aten::_scaled_dot", "aten::_softmax", "aten::bmm", "aten::baddbmm")),
     ("products", ("aten::mm", "aten::addmm", "aten::linear", "mkldnn", "aten::mkldnn")),
     ("optimiser", ("Optimizer", "aten::_fused_adamw", "aten::_foreach", "aten::lerp", "aten::addc")),
 )  # fmt: skip
@@ -104,6 +104,7 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from aletheia_tune.attention import kernel_attention
     from aletheia_tune.head import labelled_head
     from aletheia_tune.patch import apply_kernels
     from aletheia_tune.plan import make_plan, uniform_plan
@@ -115,6 +116,7 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
     if arm == FROZEN:
         model.requires_grad_(False)
         model.enable_input_require_grads()
+        stack.enter_context(kernel_attention(model))
         stack.enter_context(labelled_head(model))
         return model, []
     if arm == "ours_aletheia":
@@ -135,6 +137,7 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
     if arm.startswith("ours"):
         apply_kernels(model, strict=True)
         cut_prefix(model)
+        stack.enter_context(kernel_attention(model))
         stack.enter_context(labelled_head(model))
     if arm == "peft_compiled":
         model = torch.compile(model)

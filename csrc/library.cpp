@@ -33,6 +33,11 @@ TORCH_LIBRARY(aletheia_cpu, m) {
   m.def(
       "linear_cross_entropy_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, float softcap,"
       " bool needs_dh) -> (Tensor, Tensor)");
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor first, Tensor last,"
+      " float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
@@ -43,4 +48,6 @@ TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
   m.impl("embedding_grad_norm_sq", &aletheia::embedding_grad_norm_sq);
   m.impl("bias_grad_norm_sq", &aletheia::bias_grad_norm_sq);
   m.impl("linear_cross_entropy_forward", &aletheia::linear_cross_entropy_forward);
+  m.impl("attention_forward", &aletheia::attention_forward);
+  m.impl("attention_backward", &aletheia::attention_backward);
 }

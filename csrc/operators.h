@@ -30,4 +30,11 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     const at::Tensor& h, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& labels,
     double softcap, bool needs_dh);
 
+std::tuple<at::Tensor, at::Tensor> attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& first, const at::Tensor& last,
+    double scale);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& dO, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& lse,
+    const at::Tensor& first, const at::Tensor& last, double scale);
+
 }  // namespace aletheia

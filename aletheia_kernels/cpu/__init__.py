@@ -38,6 +38,19 @@ def unavailable_reason() -> str | None:
     return reason
 
 
+def refusal(operator: str, dtype: torch.dtype) -> str | None:
+    """Why the compiled operators cannot serve this one in this dtype; None when they can."""
+    if dtype not in DTYPES:
+        return f"it has no {dtype}"
+    reason = unavailable_reason()
+    if reason is None and operator == "range_attention":
+        if dtype != torch.bfloat16:
+            return f"its attention has no {dtype}"
+        if not features()["avx512_bf16"]:
+            return "its attention needs a processor with AVX512-BF16"
+    return reason
+
+
 def features() -> dict[str, bool]:
     """Instruction sets that this processor offers and the operators know of."""
     if unavailable_reason() is not None:
@@ -102,3 +115,22 @@ def linear_cross_entropy_forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float, needs_dh: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.ops.aletheia_cpu.linear_cross_entropy_forward(h, weight, bias, labels, softcap, needs_dh)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aletheia_cpu.attention_forward(q, k, v, first, last, scale)
+
+
+def attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aletheia_cpu.attention_backward(grad_o, q, k, v, lse, first, last, scale)

@@ -3,6 +3,7 @@
 Every other backend is held to these functions. They also serve wherever no compiled backend does.
 """
 
+from aletheia_kernels.reference.attention import attention_backward, attention_forward
 from aletheia_kernels.reference.cross_entropy import linear_cross_entropy_forward
 from aletheia_kernels.reference.grad_norm import (
     bias_grad_norm_sq,
@@ -13,6 +14,8 @@ from aletheia_kernels.reference.grad_norm import (
 from aletheia_kernels.reference.lora import lora_group_backward, lora_group_forward
 
 __all__ = [
+    "attention_backward",
+    "attention_forward",
     "bias_grad_norm_sq",
     "embedding_grad_norm_sq",
     "linear_cross_entropy_forward",

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from aletheia_tune import files
+from aletheia_tune.attention import KernelAttention, kernel_attention
 from aletheia_tune.data import Collator, Example, pad_token_id
 from aletheia_tune.environment import peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
@@ -58,8 +59,8 @@ class TrainConfig:
         seed: of the adapters' initial weights, the dropout and the order of the examples.
         dtype: of the frozen weights, "bfloat16" or "float32"; adapters are fp32 in either.
         max_length: longest example in tokens.
-        kernels: run the LoRA linears on this package's operators and the output embedding on labelled rows
-            only; otherwise PEFT's and transformers' own forwards.
+        kernels: run the LoRA linears and, where it serves, attention on this package's operators and the output
+            embedding on labelled rows only; otherwise PEFT's and transformers' own forwards.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         eval_every: optimizer steps between evaluations; None evaluates before and after only.
         eval_batch_size: examples in one forward pass of an evaluation.
@@ -152,6 +153,7 @@ class TrainResult:
         peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated memory.
         patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
+        attention: what computed attention in training, "operator" or "the model's own" and why.
         prefix_layers: layers that ran without an autograd graph.
         stopped: why training ended early; None when it ran to its end.
         config: the `TrainConfig` as a dictionary.
@@ -165,6 +167,7 @@ class TrainResult:
     peak_memory_mb: float
     patch_report: dict[str, Any] | None
     head: str
+    attention: str
     prefix_layers: int
     stopped: str | None
     config: dict[str, Any]
@@ -208,6 +211,7 @@ class TrainResult:
             "trainable_parameters": self.trainable_parameters,
             "prefix_layers": self.prefix_layers,
             "head": self.head,
+            "attention": self.attention,
             "peak_memory_mb": self.peak_memory_mb,
             "config": self.config,
             "versions": self.versions,
@@ -233,6 +237,7 @@ class TrainResult:
                 peak_memory_mb=values["peak_memory_mb"],
                 patch_report=values["patch_report"],
                 head=values["head"],
+                attention=values["attention"],
                 prefix_layers=values["prefix_layers"],
                 stopped=values["stopped"],
                 config=values["config"],
@@ -368,6 +373,7 @@ def fine_tune(
         trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
         report: PatchReport | None = None
         head = LabelledHead(False, "kernels are off")
+        attention = KernelAttention(False, "kernels are off")
         cut = cut_prefix(peft_model)
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
@@ -375,6 +381,7 @@ def fine_tune(
             if config.kernels:
                 report = _apply_kernels(run, train_examples)
                 undo.callback(restore, peft_model)
+                attention = undo.enter_context(kernel_attention(peft_model))
                 head = undo.enter_context(labelled_head(peft_model))
             stop = run.to_the_end(trainer, out_dir)
         if not run.worth_keeping:
@@ -387,6 +394,7 @@ def fine_tune(
             peak_memory_mb=_peak_memory_mb(peft_model),
             patch_report=None if report is None else _report_dict(report),
             head="labelled rows" if head.active else f"all rows: {head.reason}",
+            attention="operator" if attention.active else f"the model's own: {attention.reason}",
             prefix_layers=cut.lowest_layer or 0,
             stopped=None if stop is None else str(stop),
             config=dataclasses.asdict(config),

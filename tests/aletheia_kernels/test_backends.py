@@ -21,17 +21,19 @@ def test_cpu_serves_cpu_tensors():
 
 
 def test_the_reference_serves_what_no_compiled_backend_does():
-    choice = backends.choose("cpu", torch.float8_e4m3fn)
+    choice = backends.choose("lora_group", "cpu", torch.float8_e4m3fn)
     assert choice.backend == "reference"
     assert "cpu: it has no torch.float8_e4m3fn" in choice.reason
 
 
 def test_forcing_a_backend(monkeypatch):
     monkeypatch.setenv("ALETHEIA_BACKEND", "reference")
-    assert backends.choose("cpu", torch.float32) == backends.Choice("reference", "forced by ALETHEIA_BACKEND")
+    assert backends.choose("lora_group", "cpu", torch.float32) == backends.Choice(
+        "reference", "forced by ALETHEIA_BACKEND"
+    )
     monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
     with pytest.raises(backends.BackendError, match="it serves CPU tensors, not cuda"):
-        backends.choose("cuda", torch.float32)
+        backends.choose("lora_group", "cuda", torch.float32)
 
 
 def test_self_test_passes_and_leaves_the_random_state():
@@ -66,7 +68,7 @@ x = torch.ones(4, 3)
 for _ in range(2):
     (y,) = ak.lora_group(x, [torch.eye(3)], [None], [torch.ones(1, 3)], [torch.ones(3, 1)], [1.0])
 assert torch.equal(y, torch.full((4, 3), 4.0))
-print(ak.backends.choose("cpu", torch.float32).backend)
+print(ak.backends.choose("lora_group", "cpu", torch.float32).backend)
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -217,6 +217,7 @@ def arm_result(name: str, seconds: float = 1.0, **changes: Any) -> ArmResult:
         peak_memory_mb=100.0,
         patch_report=None,
         head="all rows",
+        attention="the model's own",
         prefix_layers=0,
         stopped=None,
         config=dataclasses.asdict(CONFIG),

@@ -1,0 +1,180 @@
+"""range_attention equals softmax attention under the mask that its ranges stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aletheia_kernels import backends, range_attention
+
+# The compiled operator serves bfloat16 alone, and where the processor has its products.
+COMPILED = backends.choose("range_attention", "cpu", torch.bfloat16).backend == "cpu"
+CASES = [
+    ("reference", torch.float32),
+    ("reference", torch.bfloat16),
+    *([("cpu", torch.bfloat16)] if COMPILED else []),
+]
+SETTINGS = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(params=CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in CASES])
+def dtype(request, monkeypatch) -> torch.dtype:
+    monkeypatch.setenv("ALETHEIA_BACKEND", request.param[0])
+    return request.param[1]
+
+
+def operands(batch, heads, groups, length, dim, dtype, seed=0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, length, dim), (batch, groups, length, dim), (batch, groups, length, dim)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in [*shapes, shapes[0]]]
+
+
+def kinds(kind: str, batch: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    last = torch.arange(1, length + 1).expand(batch, length)
+    first = torch.zeros_like(last)
+    if kind == "window":
+        first = (last - 5).clamp_min(0)
+    elif kind == "full":
+        last = torch.full_like(last, length)
+    elif kind == "padded":
+        real = torch.randint(0, length + 1, (batch, 1), generator=torch.Generator().manual_seed(seed))
+        last = torch.minimum(last, real)  # with nothing real, every query is empty
+        first = torch.where(last > 3, first, last)  # and some queries are empty in any case
+    elif kind == "packed":
+        first = torch.arange(length).expand(batch, length) // 11 * 11
+    return first.int(), last.int()
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """By torch's own softmax under the mask; a query without keys gives zeros."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    position = torch.arange(k.shape[2])
+    seen = ((position >= first[..., None]) & (position < last[..., None]))[:, None]
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    return torch.where(seen, weights, 0.0) @ v
+
+
+def with_gradients(attend, qkv: list[Tensor], grad: Tensor, as_dtype: torch.dtype) -> dict[str, Tensor]:
+    leaves = [t.to(as_dtype, copy=True).requires_grad_() for t in qkv]
+    o = attend(*leaves)
+    # Rows of NaN weights (no key at all) are replaced in `plain`, but not in its gradient: such rows get none.
+    grads = torch.autograd.grad(o, leaves, grad.to(as_dtype))
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *grads), strict=True))
+
+
+@SETTINGS
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    length=st.integers(1, 130),
+    dim=st.integers(1, 80),
+    kind=st.sampled_from(["causal", "window", "full", "packed"]),
+    seed=st.integers(0, 999),
+)
+@example(batch=2, groups=3, per_group=3, length=97, dim=64, kind="causal", seed=0)
+def test_equals_the_definition(dtype, two_times_rule, batch, groups, per_group, length, dim, kind, seed):
+    *qkv, grad = operands(batch, groups * per_group, groups, length, dim, dtype, seed)
+    first, last = kinds(kind, batch, length, seed)
+    ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    naive = with_gradients(lambda *t: plain(*t, first, last), qkv, grad, dtype)
+    exact = with_gradients(lambda *t: plain(*t, first, last), qkv, grad, torch.float64)
+    for name in exact:
+        two_times_rule(name, ours[name], naive[name], exact[name])
+
+
+@pytest.mark.parametrize("length", [1, 16, 50, 100])
+def test_queries_without_keys_give_zeros_and_no_gradient(dtype, two_times_rule, length):
+    *qkv, grad = operands(3, 4, 2, length, 24, dtype)
+    first, last = kinds("padded", 3, length, seed=length)
+    empty = (last <= first)[:, None, :, None]
+    ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    assert (ours["o"].masked_select(empty) == 0).all()
+    assert (ours["dq"].masked_select(empty) == 0).all()
+    # The same with those queries looking at key 0 and their upstream gradient removed.
+    last = torch.where(last > first, last, first + 1)
+    grad = grad.masked_fill(empty, 0.0)
+    naive, exact = (
+        with_gradients(lambda *t: plain(*t, first, last).masked_fill(empty, 0.0), qkv, grad, as_dtype)
+        for as_dtype in (dtype, torch.float64)
+    )
+    for name in exact:
+        two_times_rule(name, ours[name], naive[name], exact[name])
+
+
+def test_strided_operands_and_the_layout_of_the_output(dtype):
+    *qkv, _ = operands(2, 4, 2, 30, 16, dtype)
+    first, last = kinds("causal", 2, 30, 0)
+    expected = range_attention(*qkv, first, last)
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]
+    assert torch.equal(range_attention(*strided, first, last), expected)
+    assert expected.transpose(1, 2).is_contiguous()
+
+
+def test_large_scores_do_not_overflow(dtype, two_times_rule):
+    *qkv, grad = operands(1, 2, 1, 60, 32, dtype)
+    qkv[0] = qkv[0] * 60
+    first, last = kinds("causal", 1, 60, 0)
+    ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    naive = with_gradients(lambda *t: plain(*t, first, last), qkv, grad, dtype)
+    exact = with_gradients(lambda *t: plain(*t, first, last), qkv, grad, torch.float64)
+    for name in exact:
+        two_times_rule(name, ours[name], naive[name], exact[name])
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setenv("ALETHEIA_BACKEND", "reference")
+    *qkv, _ = operands(2, 4, 2, 6, 3, torch.float64)
+    first, last = kinds("packed", 2, 6, 0)
+    leaves = [t.requires_grad_() for t in qkv]
+    assert torch.autograd.gradcheck(lambda *t: range_attention(*t, first, last, scale=0.7), leaves)
+
+
+def test_operator_contract(dtype):
+    *qkv, grad = operands(2, 4, 2, 20, 8, dtype)
+    first, last = kinds("window", 2, 20, 0)
+    leaves = [t.requires_grad_() for t in qkv]
+    torch.library.opcheck(torch.ops.aletheia.range_attention.default, (*leaves, first, last, 0.3))
+    compiled = torch.compile(lambda *t: range_attention(*t, first, last), fullgraph=True, backend="aot_eager")
+    given_grads = torch.autograd.grad(compiled(*leaves), leaves, grad)
+    expected = torch.autograd.grad(range_attention(*leaves, first, last), leaves, grad)
+    for a, b in zip(given_grads, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_repeats_bit_for_bit_whatever_the_threads(dtype):
+    *qkv, grad = operands(2, 6, 3, 70, 24, dtype)
+    first, last = kinds("causal", 2, 70, 0)
+    runs = []
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        runs.append(with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype))
+    for name, tensor in runs[0].items():
+        assert torch.equal(runs[1][name], tensor)
+        torch.testing.assert_close(runs[2][name], tensor, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda q, k, v, a, b: (q[0], k, v, a, b), "q \\[batch, heads, queries, dim\\]"),
+        (lambda q, k, v, a, b: (q[:, :3], k, v, a, b), "heads a multiple of key heads"),
+        (lambda q, k, v, a, b: (q.double(), k, v, a, b), "one floating dtype"),
+        (lambda q, k, v, a, b: (q, k, v, a.long(), b), "first: expected int32 \\[2, 20\\]"),
+        (lambda q, k, v, a, b: (q, k, v, a, b + 1), "ranges within \\[0, 20\\]"),
+        (lambda q, k, v, a, b: (q, k, v, a - 1, b), "ranges within \\[0, 20\\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(dtype, spoil, message):
+    *qkv, _ = operands(2, 4, 2, 20, 8, dtype)
+    with pytest.raises(RuntimeError, match=message):
+        range_attention(*spoil(*qkv, *kinds("causal", 2, 20, 0)))
