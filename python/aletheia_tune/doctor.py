@@ -22,17 +22,17 @@ def examine(console: Console) -> bool:
         console.print(f"[red]no operator can run:[/red] {error}", highlight=False)
         return False
     table = Table(title="operators", title_justify="left")
-    for head in ("operator", "backend", "why", "self-test", "error (allowed)", "seconds"):
-        table.add_column(head, no_wrap=head == "operator")
-    for operator, choice in choices.items():
-        result = results.get(operator)
-        if result is None:
-            table.add_row(operator, choice.backend, choice.reason, "none", "", "")
-            continue
+    for head in ("operator", "backend", "self-test", "error (allowed)", "seconds"):
+        table.add_column(head, no_wrap=True)
+    for operator, result in results.items():
         verdict = "[green]ok[/green]" if result.ok else "[red]wrong[/red]"
         errors = f"{result.error:.1e} ({result.allowed:.0e})"
-        table.add_row(operator, choice.backend, choice.reason, verdict, errors, f"{result.seconds:.2f}")
+        table.add_row(operator, choices[operator].backend, verdict, errors, f"{result.seconds:.2f}")
     console.print(table)
+    # Reasons are sentences, and mostly one: under the table, each once.
+    for choice in dict.fromkeys(choices.values()):
+        served = ", ".join(operator for operator, other in choices.items() if other == choice)
+        console.print(f"{choice.backend}: {choice.reason} ({served})", highlight=False)
     return all(result.ok for result in results.values())
 
 

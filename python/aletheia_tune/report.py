@@ -256,7 +256,10 @@ def _facts(result: RaceResult, scores: Scores) -> list[tuple[str, str]]:
 def _how(arm: ArmResult) -> str:
     linears = "this package's operators" if arm.kernels else "PEFT's own forward"
     prefix = arm.training.prefix_layers
-    return f"{linears}; head and loss over {arm.training.head}; layers that run without a graph: {prefix}"
+    return (
+        f"{linears}; attention in training: {arm.training.attention}; head and loss over {arm.training.head}; "
+        f"layers that run without a graph: {prefix}"
+    )
 
 
 def _processor() -> str:
