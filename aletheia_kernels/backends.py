@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -72,9 +72,9 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> Choice:
     return Choice("reference", "; ".join(refusals))
 
 
-def implementation(operator: str, device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The module whose functions serve the operator here (same signatures in every backend)."""
-    return cpu if choose(operator, device_type, dtype).backend == "cpu" else reference
+def implementation(operator: str, device_type: str, dtype: torch.dtype) -> Any:
+    """The namespace whose functions serve the operator here (same names and signatures in every backend)."""
+    return cpu.operators() if choose(operator, device_type, dtype).backend == "cpu" else reference
 
 
 def explain(device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, Choice]:

@@ -1,6 +1,7 @@
 // Schemas of the CPU operators and what the processor offers.
 #include <torch/library.h>
 
+#include "low_rank.h"
 #include "operators.h"
 
 namespace {
@@ -10,7 +11,7 @@ int64_t features() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   return (__builtin_cpu_supports("avx2") ? 1 : 0) | (__builtin_cpu_supports("avx512f") ? 2 : 0) |
-         (__builtin_cpu_supports("avx512bf16") ? 4 : 0);
+         (aletheia::low_rank::available() ? 4 : 0);
 #else
   return 0;
 #endif

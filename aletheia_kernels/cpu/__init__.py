@@ -1,15 +1,14 @@
-"""The compiled CPU operators: finds the extension, says what the processor offers, passes calls on."""
+"""The compiled CPU operators: finds the extension and says what it and the processor offer."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -63,74 +62,6 @@ def features() -> dict[str, bool]:
     return {name: bool(bits >> i & 1) for i, name in enumerate(names)}
 
 
-def lora_group_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:
-    return torch.ops.aletheia_cpu.lora_group_forward(
-        x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
-    )
-
-
-def lora_group_backward(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    h: Tensor,
-    weights: Sequence[Tensor],
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
-    needs_dx: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return torch.ops.aletheia_cpu.lora_group_backward(
-        dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx
-    )
-
-
-def weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
-    return torch.ops.aletheia_cpu.weight_grad_norm_sq(x, dy, method)
-
-
-def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aletheia_cpu.weight_grad_norm_sq_sketch(x, dy, omega)
-
-
-def embedding_grad_norm_sq(indices: Tensor, dy: Tensor) -> Tensor:
-    return torch.ops.aletheia_cpu.embedding_grad_norm_sq(indices, dy)
-
-
-def bias_grad_norm_sq(dy: Tensor) -> Tensor:
-    return torch.ops.aletheia_cpu.bias_grad_norm_sq(dy)
-
-
-def linear_cross_entropy_forward(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float, needs_dh: bool
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.aletheia_cpu.linear_cross_entropy_forward(h, weight, bias, labels, softcap, needs_dh)
-
-
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.aletheia_cpu.attention_forward(q, k, v, first, last, scale)
-
-
-def attention_backward(
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    first: Tensor,
-    last: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aletheia_cpu.attention_backward(grad_o, q, k, v, lse, first, last, scale)
+def operators() -> Any:
+    """The compiled operators, under the names and with the signatures of :mod:`aletheia_kernels.reference`."""
+    return torch.ops.aletheia_cpu

@@ -28,6 +28,13 @@ class _Commands(TyperGroup):
         except UserError as error:
             print(f"aletheia: error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except RuntimeError as error:
+            from aletheia_kernels.backends import BackendError
+
+            if not isinstance(error, BackendError):
+                raise
+            print(f"aletheia: error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             print(f"aletheia: {str(interrupt) or 'interrupted; nothing was written'}", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -47,12 +47,17 @@ def test_self_test_passes_and_leaves_the_random_state():
 def test_self_test_notices_a_wrong_operator(monkeypatch):
     from aletheia_kernels import cpu
 
-    right = cpu.lora_group_forward
+    right = cpu.operators()
 
-    def without_scaling(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
-        return right(x, weights, biases, lora_As, lora_Bs, [1.0] * len(scalings), dropout_p, seed)
+    class WithoutScaling:
+        def __getattr__(self, name):
+            return getattr(right, name)
 
-    monkeypatch.setattr(cpu, "lora_group_forward", without_scaling)
+        def lora_group_forward(self, x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+            ones = [1.0] * len(scalings)
+            return right.lora_group_forward(x, weights, biases, lora_As, lora_Bs, ones, dropout_p, seed)
+
+    monkeypatch.setattr(cpu, "operators", WithoutScaling)
     assert [result.operator for result in selftest.run() if not result.ok] == ["lora_group"]
 
 

@@ -559,3 +559,14 @@ def test_an_error_of_the_program_keeps_its_traceback(run, scores_file, tmp_path,
     monkeypatch.setattr(sys, "argv", ["aletheia", "plan", "--scores", str(scores_file), "--out", "x"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
+
+
+def test_a_forced_backend_that_cannot_serve_is_one_line(
+    refuses, monkeypatch, tmp_path, tiny_model_dir, train_file
+):
+    monkeypatch.setenv("ALETHEIA_BACKEND", "triton")
+    refuses(
+        "probe",
+        *("--model", tiny_model_dir, "--train", train_file, "--out", tmp_path / "scores.json"),
+        says=("ALETHEIA_BACKEND=triton cannot serve", "no Triton operators"),
+    )
