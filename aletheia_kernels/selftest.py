@@ -109,12 +109,13 @@ def _attention(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         o = attend(*leaves)
         return [o.detach(), *torch.autograd.grad(o.square().sum(), leaves)]
 
-    def plain(*qkv: Tensor) -> Tensor:
-        return reference.attention_forward(*qkv, first, last, 24**-0.5)[0]
+    def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return aletheia_kernels.range_attention(q, k, v, first, last)
 
-    return run(dtype, lambda *qkv: aletheia_kernels.range_attention(*qkv, first, last)), run(
-        torch.float64, plain
-    )
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.attention_forward(q, k, v, first, last, 24**-0.5)[0]
+
+    return run(dtype, operator), run(torch.float64, plain)
 
 
 _CHECKS = {
