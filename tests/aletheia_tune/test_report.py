@@ -55,6 +55,7 @@ def arm(name: str, plan: Plan, *, kernels: bool, step_seconds: float, final: flo
         peak_memory_mb=2048.0,
         patch_report=None,
         head="labelled rows" if kernels else "all rows: kernels are off",
+        attention="operator" if kernels else "the model's own: kernels are off",
         prefix_layers=0,
         stopped=None,
         config={**vars(TrainConfig(steps=STEPS, learning_rate=3e-4)), "kernels": kernels},
@@ -259,7 +260,9 @@ def test_the_commands_and_the_machine_stand_there(html, page):
         assert value in page.cells
     assert "torch 2.13.0" in html
     assert any(
-        "PEFT's own forward; head and loss over all rows: kernels are off" in cell for cell in page.cells
+        "PEFT's own forward; attention in training: the model's own: kernels are off" in cell
+        and "head and loss over all rows: kernels are off" in cell
+        for cell in page.cells
     )
 
 
