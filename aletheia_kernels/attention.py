@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
+from aletheia_kernels.dtypes import accumulation_dtype
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> None:
@@ -62,7 +63,7 @@ def _attention(
 def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     _check(q, k, v, first, last)
     batch, heads, queries, dim = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(q.dtype)
     o = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
     return o, q.new_empty(batch, heads, queries, dtype=wide)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
+from aletheia_kernels.dtypes import accumulation_dtype
 
 
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float) -> None:
@@ -61,7 +62,7 @@ def _linear_cross_entropy(h, weight, bias, labels, softcap, needs_dh):
 @_linear_cross_entropy.register_fake
 def _(h, weight, bias, labels, softcap, needs_dh):
     _check(h, weight, bias, labels, softcap)
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(h.dtype)
     return h.new_empty((), dtype=wide), h.new_empty(h.shape if needs_dh else (0,))
 
 

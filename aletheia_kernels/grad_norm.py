@@ -11,12 +11,9 @@ from torch import Tensor
 
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
+from aletheia_kernels.dtypes import accumulation_dtype
 
 METHODS = ("auto", "tiles", "gram")
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_pair(x: Tensor, dy: Tensor) -> None:
@@ -44,7 +41,7 @@ def _weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
 @_weight_grad_norm_sq.register_fake
 def _(x: Tensor, dy: Tensor, method: str) -> Tensor:
     _check_pair(x, dy)
-    return x.new_empty((), dtype=_wide(x.dtype))
+    return x.new_empty((), dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.custom_op("aletheia::weight_grad_norm_sq_sketch", mutates_args=())
@@ -63,7 +60,9 @@ def _weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[T
 @_weight_grad_norm_sq_sketch.register_fake
 def _(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     _check_pair(x, dy)
-    return x.new_empty((), dtype=_wide(x.dtype)), x.new_empty((), dtype=_wide(x.dtype))
+    return x.new_empty((), dtype=accumulation_dtype(x.dtype)), x.new_empty(
+        (), dtype=accumulation_dtype(x.dtype)
+    )
 
 
 @torch.library.custom_op("aletheia::embedding_grad_norm_sq", mutates_args=())
@@ -79,7 +78,7 @@ def _embedding_grad_norm_sq(indices: Tensor, dy: Tensor) -> Tensor:
 
 @_embedding_grad_norm_sq.register_fake
 def _(indices: Tensor, dy: Tensor) -> Tensor:
-    return dy.new_empty((), dtype=_wide(dy.dtype))
+    return dy.new_empty((), dtype=accumulation_dtype(dy.dtype))
 
 
 @torch.library.custom_op("aletheia::bias_grad_norm_sq", mutates_args=())
@@ -90,7 +89,7 @@ def _bias_grad_norm_sq(dy: Tensor) -> Tensor:
 
 @_bias_grad_norm_sq.register_fake
 def _(dy: Tensor) -> Tensor:
-    return dy.new_empty((), dtype=_wide(dy.dtype))
+    return dy.new_empty((), dtype=accumulation_dtype(dy.dtype))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
+from aletheia_kernels.dtypes import accumulation_dtype
 
 
 def _check(
@@ -100,7 +101,7 @@ def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
     tokens = x.shape[0]
     ys = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     return ys, x.new_empty(tokens, sum(a.shape[0] for a in lora_As), dtype=wide)
 
 

@@ -30,12 +30,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from aletheia_tune.environment import ALLOCATOR, peak_memory_mb
+
 BATCH, LENGTH, RANK, RATE = 4, 512, 16, 2e-4
-ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 UNIFORM = ("peft_fp32", "peft_bf16", "peft_compiled", "naive", "ours_uniform")
 ARMS = (*UNIFORM, "ours_upper_half", "ours_aletheia")
 FROZEN = "frozen"  # forward and input gradient, no adapter; head and attention as in our arms
@@ -175,8 +172,6 @@ def serve(arm: str, model_dir: str, steps: int, threads: int, pipe: Connection) 
                 pipe.send(breakdown(profiler.key_averages()))
             else:
                 pipe.send(step(request))
-        from aletheia_tune.environment import peak_memory_mb
-
         pipe.send(peak_memory_mb())
 
 

@@ -93,7 +93,6 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     double softcap, bool needs_dh) {
   const int64_t count = h.size(0), vocabulary = weight.size(0);
   const int64_t rows = std::max<int64_t>(16, kBlockElements / std::max<int64_t>(1, vocabulary));
-  const auto wide = h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor dh = needs_dh ? at::empty(h.sizes(), h.options()) : at::empty({0}, h.options());
   at::Tensor logits = at::empty({std::min(rows, count), vocabulary}, h.options());
   const at::Tensor target = labels.contiguous();
@@ -126,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
   }
   double loss = 0.0;
   for (const double one : losses) loss += one;
-  return {at::scalar_tensor(loss, h.options().dtype(wide)), dh};
+  return {at::scalar_tensor(loss, h.options().dtype(wide(h.scalar_type()))), dh};
 }
 
 }  // namespace aletheia

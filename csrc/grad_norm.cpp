@@ -18,8 +18,6 @@ constexpr int64_t kTokenBlock = 512;
 // error that the automatic choice lets the Gram form have.
 constexpr double kGramNoiseUnits = 16.0, kGramTolerance = 1e-5;
 
-at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
 struct Sums {
   double first = 0.0;   // Σ p
   double second = 0.0;  // Σ p²

@@ -60,8 +60,6 @@ at::Tensor dropped(const at::Tensor& x, const std::optional<Dropout>& dropout) {
   return out;
 }
 
-at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
 bool uses_low_rank(const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs) {
   const auto readable = [](const at::Tensor& t) {
     return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;

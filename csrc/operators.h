@@ -9,6 +9,9 @@
 
 namespace aletheia {
 
+// The dtype that sums are carried in.
+inline at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(

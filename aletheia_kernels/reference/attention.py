@@ -14,10 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aletheia_kernels.dtypes import accumulation_dtype
+
 
 def _weights(q: Tensor, k: Tensor, first: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """P and lse, in float32 (float64 for float64 q), from k with as many heads as q."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(q.dtype)
     position = torch.arange(k.shape[2], device=q.device)
     seen = (position >= first[:, :, None]) & (position < last[:, :, None])
     scores = (q @ k.mT).to(wide) * scale

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aletheia_kernels.dtypes import accumulation_dtype
+
 # Logits held at once, in elements: 128 rows of a 49,152-word vocabulary.
 BLOCK_ELEMENTS = 128 * 49152
 
@@ -24,7 +26,7 @@ def linear_cross_entropy_forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float, needs_dh: bool
 ) -> tuple[Tensor, Tensor]:
     """Summed loss (float32, float64 for float64 inputs) and dh [rows, hidden] (empty when not needed)."""
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(h.dtype)
     loss = torch.zeros((), dtype=wide, device=h.device)
     dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
     rows = rows_per_block(weight.shape[0])

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aletheia_kernels.dtypes import accumulation_dtype
+
 # A tile of the gradient is kept near this many elements: small beside the operands, enough for a full-rate product.
 TILE_ELEMENTS = 1 << 18
 TOKEN_BLOCK = 512
@@ -22,15 +24,17 @@ GRAM_NOISE_UNITS = 16.0
 GRAM_TOLERANCE = 1e-5
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _by_tiles(x: Tensor, dy: Tensor) -> Tensor:
     rows = max(16, TILE_ELEMENTS // max(1, x.shape[1]))
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for block in dy.split(rows, dim=1):
-        total += (block.T @ x).to(_wide(x.dtype)).square().sum(dtype=_wide(x.dtype)).double()
+        total += (
+            (block.T @ x)
+            .to(accumulation_dtype(x.dtype))
+            .square()
+            .sum(dtype=accumulation_dtype(x.dtype))
+            .double()
+        )
     return total
 
 
@@ -40,7 +44,7 @@ def _by_gram(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     Gram entries of both signs cancel, so they are formed from operands widened to float32. The rounding errors of the
     terms p are independent to first order: together about a few ε √(Σ p²), which has to be small beside the sum.
     """
-    wide = _wide(x.dtype)
+    wide = accumulation_dtype(x.dtype)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     squares = torch.zeros_like(total)
     for start in range(0, x.shape[0], TOKEN_BLOCK):
@@ -77,13 +81,13 @@ def weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
     ):
         total, trusted = _by_gram(x, dy)
         if method == "gram" or bool(trusted):
-            return total.to(_wide(x.dtype))
-    return _by_tiles(x, dy).to(_wide(x.dtype))
+            return total.to(accumulation_dtype(x.dtype))
+    return _by_tiles(x, dy).to(accumulation_dtype(x.dtype))
 
 
 def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """Unbiased estimate of ‖dyᵀ x‖² and its standard error, from omega [in, m], m ≥ 2."""
-    wide = _wide(x.dtype)
+    wide = accumulation_dtype(x.dtype)
     columns = (dy.T @ (x @ omega.to(x.dtype))).to(wide).square().sum(dim=0)
     return columns.mean(), columns.std() / omega.shape[1] ** 0.5
 
@@ -91,10 +95,10 @@ def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Te
 def embedding_grad_norm_sq(indices: Tensor, dy: Tensor) -> Tensor:
     """Squared norm of an embedding's weight gradient: rows of dy [tokens, dim] summed by index, then squared."""
     distinct, slot = indices.unique(return_inverse=True)
-    rows = torch.zeros(distinct.numel(), dy.shape[1], dtype=_wide(dy.dtype), device=dy.device)
+    rows = torch.zeros(distinct.numel(), dy.shape[1], dtype=accumulation_dtype(dy.dtype), device=dy.device)
     return rows.index_add_(0, slot, dy.to(rows.dtype)).square().sum()
 
 
 def bias_grad_norm_sq(dy: Tensor) -> Tensor:
     """Squared norm of a bias gradient, ‖Σ_t dy_t‖², of dy [tokens, out]."""
-    return dy.sum(dim=0, dtype=_wide(dy.dtype)).square().sum()
+    return dy.sum(dim=0, dtype=accumulation_dtype(dy.dtype)).square().sum()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aletheia_kernels.dtypes import accumulation_dtype
 from aletheia_kernels.reference.philox import dropout
 
 
@@ -40,7 +41,7 @@ def lora_group_forward(
         weights, biases, lora_Bs, scalings, h.split([a.shape[0] for a in lora_As], dim=1), strict=True
     ):
         ys.append(torch.nn.functional.linear(x, weight, bias) + scaling * (h_i @ lora_B.to(x.dtype).T))
-    return ys, h.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return ys, h.to(accumulation_dtype(x.dtype))
 
 
 def lora_group_backward(

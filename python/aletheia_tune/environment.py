@@ -1,4 +1,4 @@
-"""What a run ran on: package versions and the memory that this process took."""
+"""What a run runs on: package versions, the allocator's settings and the memory that this process took."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "aletheia-kernels",
@@ -18,6 +22,14 @@ PACKAGES = (
     "datasets",
     "safetensors",
 )
+
+# Freed activations stay with the process: returning them to the system and faulting them in again would
+# charge each step for a different history of allocations.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 
 
 def versions() -> dict[str, str]:
@@ -31,13 +43,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MiB.
+def peak_memory_mb(device: torch.device | None = None) -> float:
+    """Largest memory so far, in MiB: resident in this process, or allocated on a CUDA device that is given.
 
     Linux carries `ru_maxrss` of the launching process over into a program that it starts, so a small child of
     a large parent would report the parent's; the high-water mark of the address space begins afresh and is
     read where it is.
     """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1024**2
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -15,8 +15,6 @@ no way that can be seen, becomes ordinary and the batch's forward pass is run ag
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from aletheia_kernels import weight_grad_norm_sq, weight_grad_norm_sq_sketch
+from aletheia_tune.environment import peak_memory_mb
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import labelled_head
 from aletheia_tune.layers import bare_model, bare_modules, find_layers, kind_of, linears
@@ -532,7 +531,7 @@ def probe(
         "exact": exact,
         "stability": score.stability,
         "head": head.reason,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": int(peak_memory_mb(device) * 1024**2),
     }
     if experts:
         meta["experts"] = experts
@@ -541,13 +540,6 @@ def probe(
         meta["standard_error"] = list(score.standard_error)
     modules = _module_scores(model, parameters, layer_of, score.by_parameter)
     return Scores(method, score.by_layer, modules, layers.path, meta)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _module_scores(

@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, Fields, load_examples, pad_token_id
+from aletheia_tune.environment import ALLOCATOR
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import Plan
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
@@ -36,13 +37,6 @@ from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_lo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Freed activations stay with the process: returning them to the system and faulting them in again would
-# charge each step for a different history of allocations.
-ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 WINDOW = 512
 WINDOWS = 16
 # Before any update every arm is the same model; what they may differ by is rounding.

@@ -391,7 +391,7 @@ def fine_tune(
             history=tuple(run.history),
             evals=tuple(run.evals),
             trainable_parameters=sum(parameter.numel() for parameter in run.adapters),
-            peak_memory_mb=_peak_memory_mb(peft_model),
+            peak_memory_mb=peak_memory_mb(next(peft_model.parameters()).device),
             patch_report=None if report is None else _report_dict(report),
             head="labelled rows" if head.active else f"all rows: {head.reason}",
             attention="operator" if attention.active else f"the model's own: {attention.reason}",
@@ -655,13 +655,6 @@ def _report_dict(report: PatchReport) -> dict[str, Any]:
         for e in report.entries
     ]
     return {"summary": str(report), "modules": modules}
-
-
-def _peak_memory_mb(model: nn.Module) -> float:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1024**2
-    return peak_memory_mb()
 
 
 @contextlib.contextmanager
