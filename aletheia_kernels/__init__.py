@@ -3,6 +3,7 @@
 from aletheia_kernels import backends
 from aletheia_kernels.attention import range_attention
 from aletheia_kernels.cross_entropy import linear_cross_entropy
+from aletheia_kernels.gated_mlp import lora_gated_mlp
 from aletheia_kernels.grad_norm import (
     bias_grad_norm_sq,
     embedding_grad_norm_sq,
@@ -16,6 +17,7 @@ __all__ = [
     "bias_grad_norm_sq",
     "embedding_grad_norm_sq",
     "linear_cross_entropy",
+    "lora_gated_mlp",
     "lora_group",
     "range_attention",
     "weight_grad_norm_sq",

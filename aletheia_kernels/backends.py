@@ -16,6 +16,7 @@ from aletheia_kernels import cpu, reference
 
 OPERATORS = (
     "lora_group",
+    "lora_gated_mlp",
     "weight_grad_norm_sq",
     "weight_grad_norm_sq_sketch",
     "embedding_grad_norm_sq",

@@ -14,20 +14,17 @@ from torch import Tensor
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 from aletheia_kernels.dtypes import accumulation_dtype
+from aletheia_kernels.eager import eager_function, is_eager
 
 
-def _check(
-    x: Tensor,
+def check_counts(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     scalings: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
 ) -> None:
-    torch._check(x.dim() == 2, lambda: f"x: expected [tokens, in], got {tuple(x.shape)}")
-    torch._check(x.is_floating_point(), lambda: f"x: expected a floating dtype, got {x.dtype}")
+    """Raises RuntimeError, saying expected against given, unless every projection has its parts."""
     torch._check(len(weights) > 0, lambda: "weights: expected at least one projection")
     lengths = {len(weights), len(biases), len(lora_As), len(lora_Bs), len(scalings)}
     torch._check(
@@ -37,15 +34,20 @@ def _check(
             f"{len(lora_As)}, {len(lora_Bs)} and {len(scalings)}"
         ),
     )
-    torch._check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    torch._check(
-        dropout_p == 0.0 or seed is not None, lambda: "seed: dropout needs an int64 seed of one element"
-    )
-    if seed is not None:
-        torch._check(
-            seed.dtype == torch.int64 and seed.numel() == 1,
-            lambda: f"seed: expected int64 of one element, got {seed.dtype} {tuple(seed.shape)}",
-        )
+
+
+def check_projections(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:
+    """Raises RuntimeError, saying expected against given, unless these are LoRA projections of x [tokens, in]."""
+    torch._check(x.dim() == 2, lambda: f"x: expected [tokens, in], got {tuple(x.shape)}")
+    torch._check(x.is_floating_point(), lambda: f"x: expected a floating dtype, got {x.dtype}")
+    check_counts(weights, biases, lora_As, lora_Bs, scalings)
     for i, (weight, bias, lora_A, lora_B) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True)):
         torch._check(
             weight.dim() == 2 and weight.shape[1] == x.shape[1],
@@ -81,19 +83,35 @@ def _check(
             )
 
 
-@torch.library.custom_op(
+def _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    check_projections(x, weights, biases, lora_As, lora_Bs, scalings)
+    torch._check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    torch._check(
+        dropout_p == 0.0 or seed is not None, lambda: "seed: dropout needs an int64 seed of one element"
+    )
+    if seed is not None:
+        torch._check(
+            seed.dtype == torch.int64 and seed.numel() == 1,
+            lambda: f"seed: expected int64 of one element, got {seed.dtype} {tuple(seed.shape)}",
+        )
+
+
+def _forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+    backend = implementation("lora_group", x.device.type, x.dtype)
+    with outside_autocast(x):
+        return backend.lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+
+
+_lora_group = torch.library.custom_op(
     "aletheia::lora_group",
+    _forward,
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
         " float dropout_p, Tensor? seed) -> (Tensor[], Tensor)"
     ),
 )
-def _lora_group(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
-    _check(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-    backend = implementation("lora_group", x.device.type, x.dtype)
-    with outside_autocast(x):
-        return backend.lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
 
 
 @_lora_group.register_fake
@@ -105,20 +123,23 @@ def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     return ys, x.new_empty(tokens, sum(a.shape[0] for a in lora_As), dtype=wide)
 
 
-@torch.library.custom_op(
+def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx):
+    backend = implementation("lora_group", x.device.type, x.dtype)
+    with outside_autocast(x):
+        return backend.lora_group_backward(
+            dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx
+        )
+
+
+_lora_group_backward = torch.library.custom_op(
     "aletheia::lora_group_backward",
+    _backward,
     mutates_args=(),
     schema=(
         "(Tensor[] dys, Tensor x, Tensor h, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
         " float dropout_p, Tensor? seed, bool needs_dx) -> (Tensor, Tensor[], Tensor[])"
     ),
 )
-def _lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx):
-    backend = implementation("lora_group", x.device.type, x.dtype)
-    with outside_autocast(x):
-        return backend.lora_group_backward(
-            dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx
-        )
 
 
 @_lora_group_backward.register_fake
@@ -134,21 +155,55 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.count = len(weights)
     ctx.scalings = scalings
     ctx.dropout_p = dropout_p
+    ctx.set_materialize_grads(False)
     # torch.library wants a list of gradients for a list of tensors, but one gradient for a list that holds a None.
     ctx.no_dbias = None if any(b is None for b in biases) else [None] * len(biases)
 
 
-def _backward(ctx: Any, dys: list[Tensor], _dh: Tensor) -> tuple:
+def _gradients(
+    ctx: Any, backward: Any, dys: Sequence[Tensor | None]
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     x, h, seed, *rest = ctx.saved_tensors
-    n = ctx.count
-    needs_dx = ctx.needs_input_grad[0]
-    dx, dAs, dBs = _lora_group_backward(
-        dys, x, h, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.scalings, ctx.dropout_p, seed, needs_dx
-    )
-    return dx if needs_dx else None, [None] * n, ctx.no_dbias, dAs, dBs, None, None, None
+    n, needs_dx = ctx.count, ctx.needs_input_grad[0]
+    weights, lora_As, lora_Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
+    dys = [
+        x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy
+        for dy, weight in zip(dys, weights, strict=True)
+    ]
+    dx, dAs, dBs = backward(dys, x, h, weights, lora_As, lora_Bs, ctx.scalings, ctx.dropout_p, seed, needs_dx)
+    return dx if needs_dx else None, dAs, dBs
 
 
-_lora_group.register_autograd(_backward, setup_context=_setup_context)
+def _traced_gradients(ctx: Any, dys: list[Tensor | None], _dh: Tensor | None) -> tuple:
+    dx, dAs, dBs = _gradients(ctx, _lora_group_backward, dys)
+    return dx, [None] * ctx.count, ctx.no_dbias, dAs, dBs, None, None, None
+
+
+_lora_group.register_autograd(_traced_gradients, setup_context=_setup_context)
+
+
+# Autograd's own functions take no lists: x, then what is no tensor, then the four lists end to end.
+def _listed(x, scalings, dropout_p, seed, *tensors):
+    n = len(scalings)
+    lists = [list(tensors[i * n : (i + 1) * n]) for i in range(4)]
+    return x, *lists, scalings, dropout_p, seed
+
+
+def _flat_forward(*flat: Any) -> tuple[Tensor, ...]:
+    ys, h = _forward(*_listed(*flat))
+    return *ys, h
+
+
+def _flat_setup_context(ctx: Any, flat: tuple, output: tuple) -> None:
+    _setup_context(ctx, _listed(*flat), (output[:-1], output[-1]))
+
+
+def _flat_gradients(ctx: Any, *grads: Tensor | None) -> tuple:
+    dx, dAs, dBs = _gradients(ctx, _backward, grads[:-1])
+    return dx, None, None, None, *[None] * (2 * ctx.count), *dAs, *dBs
+
+
+_eager = eager_function(_flat_forward, _flat_setup_context, _flat_gradients)
 
 
 def lora_group(
@@ -194,16 +249,14 @@ def lora_group(
     trained = [b is not None and b.requires_grad for b in biases]
     frozen_biases = [None if train else b for train, b in zip(trained, biases, strict=True)]
     flat = x.reshape(-1, x.shape[-1])
-    ys, _ = _lora_group(
-        flat,
-        list(weights),
-        frozen_biases,
-        list(lora_As),
-        list(lora_Bs),
-        list(scalings),
-        dropout_p,
-        seed if dropout_p > 0.0 else None,
-    )
+    seed = seed if dropout_p > 0.0 else None
+    if is_eager(x, *weights, *lora_As, *lora_Bs):
+        check_counts(weights, biases, lora_As, lora_Bs, scalings)
+        ys = _eager(flat, list(scalings), dropout_p, seed, *weights, *frozen_biases, *lora_As, *lora_Bs)[:-1]
+    else:
+        ys, _ = _lora_group(
+            flat, list(weights), frozen_biases, list(lora_As), list(lora_Bs), list(scalings), dropout_p, seed
+        )
     outputs = []
     for y, bias, train in zip(ys, biases, trained, strict=True):
         outputs.append((y + bias if train else y).view(*x.shape[:-1], y.shape[-1]))

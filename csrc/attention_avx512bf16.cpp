@@ -22,18 +22,6 @@ namespace {
 
 constexpr int64_t kQueries = 48;  // queries in a block: eight strips of six rows
 
-// exp(v) = 2^n 2^f, f = v log2(e) - n in [-1/2, 1/2]: 2^f by the degree-6 Taylor polynomial of exp(f ln 2), remainder
-// (ln 2 / 2)^7 / 7! = 1.2e-7, one float ulp. Underflows to zero.
-inline __m512 exponential(__m512 v) {
-  const __m512 t = _mm512_mul_ps(_mm512_max_ps(v, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 u = _mm512_mul_ps(_mm512_sub_ps(t, n), _mm512_set1_ps(0.693147181f));
-  __m512 p = _mm512_set1_ps(1.0f / 720.0f);
-  for (const float c : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f})
-    p = _mm512_fmadd_ps(p, u, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
-}
-
 // Rows z [count, features] as B [features, count]: dot products with rows.
 std::vector<uint16_t> pack_transposed(const bf16* z, int64_t ld, int64_t count, int64_t features) {
   const int64_t pairs = (features + 1) / 2, panels = (count + kLanes - 1) / kLanes;
@@ -272,10 +260,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
 
         pair_queries(coefficients, weights.data(), width, count, width);
         block.load(do_block, dO.row, count, features);
-        columns_product(coefficients, width, block, features, dv_sums.data() + span.start * features);
+        columns_product(coefficients.data(), width, block, features, dv_sums.data() + span.start * features);
         pair_queries(coefficients, dscores.data(), width, count, width);
         block.load(q_block, q.row, count, features);
-        columns_product(coefficients, width, block, features, dk_sums.data() + span.start * features);
+        columns_product(coefficients.data(), width, block, features, dk_sums.data() + span.start * features);
       }
     const int64_t offset = (b * groups + group) * keys * features;
     for (int64_t e = 0; e < keys * features; ++e) {

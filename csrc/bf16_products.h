@@ -48,6 +48,18 @@ inline __mmask16 first_lanes(int64_t count) {
   return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << count) - 1u);
 }
 
+// exp(v) = 2^n 2^f, f = v log2(e) - n in [-1/2, 1/2]: 2^f by the degree-6 Taylor polynomial of exp(f ln 2), remainder
+// (ln 2 / 2)^7 / 7! = 1.2e-7, one float ulp. Underflows to zero.
+inline __m512 exponential(__m512 v) {
+  const __m512 t = _mm512_mul_ps(_mm512_max_ps(v, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(1.44269504f));
+  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 u = _mm512_mul_ps(_mm512_sub_ps(t, n), _mm512_set1_ps(0.693147181f));
+  __m512 p = _mm512_set1_ps(1.0f / 720.0f);
+  for (const float c : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f})
+    p = _mm512_fmadd_ps(p, u, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
 // B [inner, outer] in panels of 16 columns; a panel holds, for every pair of inner indices, 16 pairs. A view: a range of
 // columns or of pairs is the same with another start.
 struct Panels {
@@ -199,13 +211,13 @@ constexpr auto kColumnKernels = column_kernels(std::make_integer_sequence<int, k
 
 // C [ranks, columns] += coefficientsᵀ z over one block of tokens.
 void columns_product(
-    const std::vector<uint32_t>& coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c) {
+    const uint32_t* coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c) {
   const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;
   for (int64_t column = 0; column < columns; column += 2 * kLanes)
     for (int64_t pass = 0, rank = 0; pass < passes; ++pass) {
       const int64_t count = (ranks - rank + passes - pass - 1) / (passes - pass);
       kColumnKernels[count - 1](
-          coefficients.data() + rank, ranks, z.pairs, z.columns(column), columns - column,
+          coefficients + rank, ranks, z.pairs, z.columns(column), columns - column,
           c + rank * columns + column, columns);
       rank += count;
     }

@@ -1,7 +1,7 @@
 // Schemas of the CPU operators and what the processor offers.
 #include <torch/library.h>
 
-#include "low_rank.h"
+#include "fused.h"
 #include "operators.h"
 
 namespace {
@@ -11,7 +11,7 @@ int64_t features() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   return (__builtin_cpu_supports("avx2") ? 1 : 0) | (__builtin_cpu_supports("avx512f") ? 2 : 0) |
-         (aletheia::low_rank::available() ? 4 : 0);
+         (aletheia::fused::available() ? 4 : 0);
 #else
   return 0;
 #endif
@@ -27,6 +27,13 @@ TORCH_LIBRARY(aletheia_cpu, m) {
   m.def(
       "lora_group_backward(Tensor[] dys, Tensor x, Tensor h, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs,"
       " float[] scalings, float dropout_p, Tensor? seed, bool needs_dx) -> (Tensor, Tensor[], Tensor[])");
+  m.def(
+      "lora_gated_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs,"
+      " float[] scalings, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_gated_mlp_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor h, Tensor[] weights,"
+      " Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, str activation, bool needs_dx)"
+      " -> (Tensor, Tensor[], Tensor[])");
   m.def("weight_grad_norm_sq(Tensor x, Tensor dy, str method) -> Tensor");
   m.def("weight_grad_norm_sq_sketch(Tensor x, Tensor dy, Tensor omega) -> (Tensor, Tensor)");
   m.def("embedding_grad_norm_sq(Tensor indices, Tensor dy) -> Tensor");
@@ -44,6 +51,8 @@ TORCH_LIBRARY(aletheia_cpu, m) {
 TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
   m.impl("lora_group_forward", &aletheia::lora_group_forward);
   m.impl("lora_group_backward", &aletheia::lora_group_backward);
+  m.impl("lora_gated_mlp_forward", &aletheia::lora_gated_mlp_forward);
+  m.impl("lora_gated_mlp_backward", &aletheia::lora_gated_mlp_backward);
   m.impl("weight_grad_norm_sq", &aletheia::weight_grad_norm_sq);
   m.impl("weight_grad_norm_sq_sketch", &aletheia::weight_grad_norm_sq_sketch);
   m.impl("embedding_grad_norm_sq", &aletheia::embedding_grad_norm_sq);

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "clones.h"
-#include "low_rank.h"
+#include "fused.h"
 #include "operators.h"
 #include "philox.h"
 
@@ -60,14 +60,6 @@ at::Tensor dropped(const at::Tensor& x, const std::optional<Dropout>& dropout) {
   return out;
 }
 
-bool uses_low_rank(const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs) {
-  const auto readable = [](const at::Tensor& t) {
-    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
-  };
-  return x.scalar_type() == at::kBFloat16 && low_rank::available() &&
-         std::all_of(lora_As.begin(), lora_As.end(), readable) && std::all_of(lora_Bs.begin(), lora_Bs.end(), readable);
-}
-
 at::Tensor stacked(at::TensorList lora_As, at::ScalarType dtype) {
   int64_t rank = 0;
   for (const auto& lora_A : lora_As) rank += lora_A.size(0);
@@ -87,18 +79,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed) {
   const auto dtype = x.scalar_type();
   const auto dropout = dropout_from(dropout_p, seed);
+  if (fused::serves(x))
+    return fused::lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout);
   std::vector<at::Tensor> ys;
   ys.reserve(weights.size());
-  int64_t ranks = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    ys.push_back(at::linear(x, weights[i], biases.get(i)));
-    ranks += lora_As[i].size(0);
-  }
-  if (uses_low_rank(x, lora_As, lora_Bs)) {
-    at::Tensor h = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
-    low_rank::forward(x, lora_As, lora_Bs, scalings, dropout, ys, h);
-    return {std::move(ys), h};
-  }
+  for (size_t i = 0; i < weights.size(); ++i) ys.push_back(at::linear(x, weights[i], biases.get(i)));
   const at::Tensor h = at::mm(dropped(x, dropout), stacked(lora_As, dtype).t());
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -115,16 +100,15 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
     bool needs_dx) {
   const auto dtype = x.scalar_type();
   const auto dropout = dropout_from(dropout_p, seed);
+  if (fused::serves(x))
+    return fused::lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout, needs_dx);
   at::Tensor g = at::empty(h.sizes(), x.options());
   std::vector<at::Tensor> dAs, dBs;
   for (size_t i = 0; i < weights.size(); ++i) {
     dAs.push_back(at::empty_like(lora_As[i], at::MemoryFormat::Contiguous));
     dBs.push_back(at::empty_like(lora_Bs[i], at::MemoryFormat::Contiguous));
   }
-  const bool ours = uses_low_rank(x, lora_As, lora_Bs);
-  if (ours) {
-    low_rank::backward(dys, x, h, lora_Bs, scalings, dropout, g, dAs, dBs);
-  } else {
+  {
     const at::Tensor x_hat = dropped(x, dropout), h_narrow = h.to(dtype);
     int64_t column = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
@@ -140,9 +124,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
 
   at::Tensor dx = at::mm(dys[0], weights[0]);
   for (size_t i = 1; i < weights.size(); ++i) dx.addmm_(dys[i], weights[i]);
-  if (ours) {
-    low_rank::add_input_gradient(g, lora_As, dropout, dx);
-  } else if (dropout) {
+  if (dropout) {
     masked<true>(at::mm(g, stacked(lora_As, dtype)), dx, *dropout);
   } else {
     dx.addmm_(g, stacked(lora_As, dtype));

@@ -23,6 +23,17 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed,
     bool needs_dx);
 
+enum class Activation { kSilu, kGeluTanh };
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_mlp_forward(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, c10::string_view activation);
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gated_mlp_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& h,
+    at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
+    c10::string_view activation, bool needs_dx);
+
 at::Tensor weight_grad_norm_sq(const at::Tensor& x, const at::Tensor& dy, c10::string_view method);
 std::tuple<at::Tensor, at::Tensor> weight_grad_norm_sq_sketch(
     const at::Tensor& x, const at::Tensor& dy, const at::Tensor& omega);

@@ -25,4 +25,11 @@ inline PhiloxBlock philox(uint64_t seed, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
+// An element is dropped when its word is below the threshold; what is kept is multiplied by scale.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;
+  double scale;
+};
+
 }  // namespace aletheia

@@ -5,6 +5,7 @@ Every other backend is held to these functions. They also serve wherever no comp
 
 from aletheia_kernels.reference.attention import attention_backward, attention_forward
 from aletheia_kernels.reference.cross_entropy import linear_cross_entropy_forward
+from aletheia_kernels.reference.gated_mlp import lora_gated_mlp_backward, lora_gated_mlp_forward
 from aletheia_kernels.reference.grad_norm import (
     bias_grad_norm_sq,
     embedding_grad_norm_sq,
@@ -19,6 +20,8 @@ __all__ = [
     "bias_grad_norm_sq",
     "embedding_grad_norm_sq",
     "linear_cross_entropy_forward",
+    "lora_gated_mlp_backward",
+    "lora_gated_mlp_forward",
     "lora_group_backward",
     "lora_group_forward",
     "weight_grad_norm_sq",

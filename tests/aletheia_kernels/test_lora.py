@@ -141,7 +141,7 @@ def test_wide_master_adapters_get_gradients_in_their_own_dtype(backend, two_time
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_strided_operands(backend, two_times_rule, dtype):
-    case = Case.draw(40, 48, [(24, 5, True), (56, 11, False)], dtype)
+    case = Case.draw(70, 48, [(24, 5, True), (56, 11, False)], dtype)
     plain, exact = case.plain(dtype), case.plain(torch.float64)
 
     def every_other_column(t: Tensor) -> Tensor:

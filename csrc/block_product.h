@@ -1,0 +1,338 @@
+// Bfloat16 products over a block of rows, with what follows done on the float32 sums while they are in registers.
+//
+//   C[m, :] = epilogue(start + Σ_pieces a_piece[m, :] B_piece)      m in a block of rows, B packed in panels
+//
+// A piece is one addend: a frozen weight, or a low-rank factor, so that x Wᵀ + (s h) Bᵀ or dy_1 W_1 + dy_2 W_2 + g A is
+// one sweep that writes its result once. On the shapes of small language models this reaches the rate of the vendor
+// library's product, or passes it, which is why the base product is here as well.
+//
+// Only for translation units that check the processor first.
+#pragma once
+
+#include "bf16_products.h"
+
+#ifdef ALETHEIA_AVX512BF16
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+namespace aletheia {
+namespace {
+
+// Memory from torch's allocator: 64-byte aligned, not initialised.
+template <typename T>
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(count, 1) * sizeof(T))) {}
+  T* data() const { return static_cast<T*>(memory_.get()); }
+  T& operator[](int64_t index) const { return data()[index]; }
+
+ private:
+  c10::DataPtr memory_;
+};
+
+// Rows of a matrix, or of several stacked: float32 or bfloat16 with unit column stride.
+struct Rows {
+  std::vector<const void*> rows;
+  int64_t length = 0;
+  bool wide = false;
+
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+  void append(const at::Tensor& t) {
+    length = t.size(1);
+    wide = t.scalar_type() == at::kFloat;
+    const char* data = static_cast<const char*>(t.const_data_ptr());
+    for (int64_t i = 0; i < t.size(0); ++i) rows.push_back(data + i * t.stride(0) * t.element_size());
+  }
+  // 32 elements of a row as bfloat16, zero where the mask is.
+  __m512i load(int64_t row, int64_t column, __mmask32 mask) const {
+    if (!wide) return _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(rows[row]) + column);
+    const float* source = static_cast<const float*>(rows[row]) + column;
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), source);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> kLanes), source + kLanes);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+};
+
+inline __mmask32 first_pairs_of_lanes(int64_t count) {
+  return count >= 2 * kLanes ? __mmask32(~0u) : __mmask32((1u << std::max<int64_t>(count, 0)) - 1u);
+}
+
+// Sixteen registers of sixteen 32-bit words, rows for columns.
+inline void transpose(__m512i (&r)[kLanes]) {
+  __m512i t[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  // r[4 q + c] holds, in 128-bit lane l, column 4 l + c of rows 4 q .. 4 q + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512i low_odd = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), high_odd = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(low, high, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
+    t[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+  }
+  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+}
+
+enum class Packing { kRows, kColumns };  // the source's rows are B's rows (the inner index), or B's columns
+
+// B packed in panels, and the work of packing it cut in units that any thread may do.
+class PackedB {
+ public:
+  PackedB(Rows source, Packing as) : source_(std::move(source)), as_(as) {
+    inner_ = as == Packing::kRows ? source_.count() : source_.length;
+    outer_ = as == Packing::kRows ? source_.length : source_.count();
+    stride_ = (inner_ + 1) / 2 * 2 * kLanes;
+    data_ = Scratch<uint16_t>((outer_ + kLanes - 1) / kLanes * stride_);
+  }
+  PackedB(const at::Tensor& t, Packing as) : PackedB(rows_of(t), as) {}
+
+  Panels panels() const { return {data_.data(), stride_, inner_, outer_}; }
+  int64_t units() const { return (outer_ + kUnit - 1) / kUnit; }
+
+  void pack(int64_t unit) const {
+    const int64_t end = std::min(outer_, (unit + 1) * kUnit);
+    for (int64_t column = unit * kUnit; column < end; column += kLanes)
+      if (as_ == Packing::kColumns) pack_columns(column);
+    if (as_ == Packing::kRows) pack_rows(unit * kUnit, end);
+  }
+
+ private:
+  static constexpr int64_t kUnit = kMaxPanels * kLanes;
+
+  static Rows rows_of(const at::Tensor& t) {
+    Rows rows;
+    rows.append(t);
+    return rows;
+  }
+  void pack_columns(int64_t first) const {
+    uint16_t* target = data_.data() + first / kLanes * stride_;
+    const int64_t count = std::min(kLanes, outer_ - first), pairs = (inner_ + 1) / 2;
+    for (int64_t pair = 0; pair < pairs; pair += kLanes) {
+      const __mmask32 mask = first_pairs_of_lanes(inner_ - 2 * pair);
+      __m512i block[kLanes];
+      for (int64_t n = 0; n < kLanes; ++n)
+        block[n] = n < count ? source_.load(first + n, 2 * pair, mask) : _mm512_setzero_si512();
+      transpose(block);
+      for (int64_t j = 0; j < std::min(kLanes, pairs - pair); ++j)
+        _mm512_storeu_si512(target + (pair + j) * 2 * kLanes, block[j]);
+    }
+  }
+  void pack_rows(int64_t first, int64_t end) const {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t k = 0; k < inner_; k += 2)
+      for (int64_t column = first; column < end; column += 2 * kLanes) {
+        const __mmask32 mask = first_pairs_of_lanes(end - column);
+        const __m512i even = source_.load(k, column, mask);
+        const __m512i odd = k + 1 < inner_ ? source_.load(k + 1, column, mask) : _mm512_setzero_si512();
+        const __m512i a = _mm512_unpacklo_epi16(even, odd), b = _mm512_unpackhi_epi16(even, odd);
+        uint16_t* target = data_.data() + column / kLanes * stride_ + k * kLanes;
+        _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
+        if (column + kLanes < end)
+          _mm512_storeu_si512(target + stride_, _mm512_permutex2var_epi32(a, high, b));
+      }
+  }
+
+  Rows source_;
+  Packing as_;
+  int64_t inner_ = 0, outer_ = 0, stride_ = 0;
+  Scratch<uint16_t> data_;
+};
+
+inline void pack_all(const std::vector<const PackedB*>& jobs) {
+  std::vector<int64_t> ends;
+  for (const PackedB* job : jobs) ends.push_back((ends.empty() ? 0 : ends.back()) + job->units());
+  at::parallel_for(0, ends.empty() ? 0 : ends.back(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const auto job = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
+      jobs[job]->pack(unit - (job > 0 ? ends[job - 1] : 0));
+    }
+  });
+}
+
+struct Piece {
+  const bf16* a;
+  int64_t lda;
+  Panels b;
+};
+
+// A piece of a piece, short enough that four panels of it stay in second-level cache.
+struct Stretch {
+  const bf16* a;
+  int64_t lda;
+  const uint16_t* b;
+  int64_t stride, inner;
+};
+constexpr int64_t kSweep = 2048;  // inner indices summed in registers before the sums are put aside
+
+// Sums of kRows rows of C against kPanels panels, [row][panel][lane] with room for kMaxPanels: from `before`, or else from
+// start, plus the stretches, into `after`.
+template <int kRows, int kPanels>
+__attribute__((noinline)) void tile(
+    const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* start, const float* before,
+    float* after) {
+  __m512 sum[kRows][kPanels];
+  for (int p = 0; p < kPanels; ++p) {
+    const __m512 first = start ? _mm512_loadu_ps(start + (panel + p) * kLanes) : _mm512_setzero_ps();
+    for (int m = 0; m < kRows; ++m)
+      sum[m][p] = before ? _mm512_load_ps(before + (m * kMaxPanels + p) * kLanes) : first;
+  }
+  for (const Stretch* s = begin; s != end; ++s) {
+    const uint16_t* b = s->b + panel * s->stride;
+    const int64_t stride = s->stride, lda = s->lda;
+    const bf16* a = s->a + row * lda;
+    const auto step = [&](const bf16* left, const uint16_t* right, bool half) __attribute__((always_inline)) {
+      __m512i column[kPanels];
+      for (int p = 0; p < kPanels; ++p) column[p] = _mm512_load_si512(right + p * stride);
+      for (int m = 0; m < kRows; ++m) {
+        uint32_t pair = 0;
+        std::memcpy(&pair, left + m * lda, half ? 2 : 4);
+        const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
+        for (int p = 0; p < kPanels; ++p) sum[m][p] = multiply_add(sum[m][p], both, column[p]);
+      }
+    };
+    const bf16* const whole = a + s->inner / 2 * 2;
+    for (; a != whole; a += 2, b += 2 * kLanes) step(a, b, false);
+    if (s->inner % 2) step(a, b, true);
+  }
+  for (int m = 0; m < kRows; ++m)
+    for (int p = 0; p < kPanels; ++p) _mm512_store_ps(after + (m * kMaxPanels + p) * kLanes, sum[m][p]);
+}
+
+inline auto tile_of(int64_t panels, int64_t rows) {
+  static constexpr decltype(&tile<1, 1>) kTiles[][3] = {
+      {tile<12, 1>, tile<4, 1>, tile<1, 1>},
+      {tile<12, 2>, tile<4, 2>, tile<1, 2>},
+      {tile<8, 3>, tile<4, 3>, tile<1, 3>},
+      {tile<6, 4>, tile<4, 4>, tile<1, 4>}};
+  return kTiles[panels - 1][rows > 4 ? 0 : rows == 4 ? 1 : 2];
+}
+
+// The product of one block of rows. start: per column of the packed width, or null. epilogue(row, column, mask, sum)
+// gets each register of sums once.
+template <typename Epilogue>
+void block_product(
+    const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue) {
+  std::vector<Stretch> stretches;
+  std::vector<size_t> sweeps{0};
+  int64_t held = 0;
+  for (size_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < pieces[i].b.inner;) {
+      if (held >= kSweep) {
+        sweeps.push_back(stretches.size());
+        held = 0;
+      }
+      // What is left after a sweep is not worth one of its own.
+      int64_t inner = std::min(pieces[i].b.inner - k, kSweep - held);
+      if (pieces[i].b.inner - k - inner < kSweep / 4) inner = pieces[i].b.inner - k;
+      inner += inner % 2 && k + inner < pieces[i].b.inner;
+      stretches.push_back({pieces[i].a + k, pieces[i].lda, pieces[i].b.data + k * kLanes, pieces[i].b.stride, inner});
+      k += inner;
+      held += inner;
+    }
+  sweeps.push_back(stretches.size());
+  constexpr int64_t kRow = kMaxPanels * kLanes;
+  // One strip's sums, or every row's when they wait for the next sweep.
+  const bool wait = sweeps.size() > 2;
+  const Scratch<float> sums(kRow * (wait ? rows : 12));
+
+  const int64_t panels = (outer + kLanes - 1) / kLanes;
+  for (int64_t panel = 0; panel < panels; panel += kMaxPanels)
+    for (size_t sweep = 0; sweep + 1 < sweeps.size(); ++sweep) {
+      const Stretch* const begin = stretches.data() + sweeps[sweep];
+      const Stretch* const end = stretches.data() + sweeps[sweep + 1];
+      const bool last = sweep + 2 == sweeps.size();
+      const int64_t width = std::min(kMaxPanels, panels - panel);
+      // The fewer panels, the more rows it takes to keep the multipliers busy.
+      static constexpr int64_t kTall[] = {12, 12, 8, 6};
+      for (int64_t row = 0, height = 0; row < rows; row += height) {
+        const int64_t left = rows - row;
+        height = left >= kTall[width - 1] ? kTall[width - 1] : left >= 4 ? 4 : 1;
+        float* const target = sums.data() + (wait ? row * kRow : 0);
+        tile_of(width, height)(begin, end, row, panel, start, sweep > 0 ? target : nullptr, target);
+        if (!last) continue;
+#pragma GCC unroll 1
+        for (int64_t m = 0; m < height; ++m)
+#pragma GCC unroll 1
+          for (int64_t p = 0; p < width; ++p) {
+            const int64_t column = (panel + p) * kLanes;
+            epilogue(row + m, column, first_lanes(outer - column), _mm512_load_ps(target + m * kRow + p * kLanes));
+          }
+      }
+    }
+}
+
+// Epilogues that only store.
+inline auto store_bfloat16(bf16* c, int64_t ldc) {
+  return [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
+    _mm256_mask_storeu_epi16(c + row * ldc + column, mask, narrow(sum));
+  };
+}
+inline auto store_float(float* c, int64_t ldc) {
+  return [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
+    _mm512_mask_storeu_ps(c + row * ldc + column, mask, sum);
+  };
+}
+
+// Two tokens' values of every rank side by side, as a column kernel broadcasts them, from float or bfloat16 rows.
+template <typename T>
+void pair_tokens(Scratch<uint32_t>& out, const T* values, int64_t ld, int64_t tokens, int64_t ranks) {
+  const auto load = [&](int64_t token, int64_t r, __mmask16 mask) {
+    if (token >= tokens) return _mm512_setzero_si512();
+    if constexpr (std::is_same_v<T, float>)
+      return _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, values + token * ld + r)));
+    else
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, values + token * ld + r));
+  };
+  for (int64_t token = 0; token < tokens; token += 2)
+    for (int64_t r = 0; r < ranks; r += kLanes) {
+      const __mmask16 mask = first_lanes(ranks - r);
+      const __m512i both = _mm512_or_si512(load(token, r, mask), _mm512_slli_epi32(load(token + 1, r, mask), 16));
+      _mm512_mask_storeu_epi32(out.data() + token / 2 * ranks + r, mask, both);
+    }
+}
+
+// Blocks of rows that threads take from a common counter: on a shared machine a thread that is held up does less.
+struct Blocks {
+  int64_t rows, size, count;
+  explicit Blocks(int64_t rows) : rows(rows) {
+    // As many for every thread, in whole strips, and short enough that a block's activations stay in cache.
+    const int64_t threads = at::get_num_threads(), rounds = (rows + 256 * threads - 1) / (256 * threads);
+    const int64_t even = (rows + threads * rounds - 1) / std::max<int64_t>(threads * rounds, 1);
+    size = std::max<int64_t>((even + 11) / 12 * 12, 12);
+    count = (rows + size - 1) / size;
+  }
+  template <typename Body>  // body(block, first row, number of rows)
+  void each(Body body) const {
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+      for (int64_t block; (block = next.fetch_add(1)) < count;)
+        body(block, block * size, std::min(size, rows - block * size));
+    });
+  }
+};
+
+}  // namespace
+}  // namespace aletheia
+
+#pragma GCC pop_options
+
+#endif

@@ -1,0 +1,161 @@
+// What the fused operators share: adapters packed for every product they enter, and the sums of their gradients.
+#pragma once
+
+#include "block_product.h"
+#include "fused.h"
+
+#ifdef ALETHEIA_AVX512BF16
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+namespace aletheia {
+namespace {
+
+constexpr int64_t kTokens = 64;  // tokens interleaved at a time: a few thousand features of them fit second-level cache
+
+inline at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
+
+// W as the B of x Wᵀ (forward) and of dy W (backward), whichever way it lies in memory.
+inline PackedB forward_weight(const at::Tensor& w) {
+  return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kRows) : PackedB(with_unit_columns(w), Packing::kColumns);
+}
+inline PackedB backward_weight(const at::Tensor& w) {
+  return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kColumns) : PackedB(with_unit_columns(w), Packing::kRows);
+}
+
+// Float32 or bfloat16 with unit columns, all alike.
+inline std::vector<at::Tensor> readable(at::TensorList tensors) {
+  const bool narrow_all = std::all_of(
+      tensors.begin(), tensors.end(), [](const at::Tensor& t) { return t.scalar_type() == at::kBFloat16; });
+  std::vector<at::Tensor> out;
+  for (const at::Tensor& t : tensors) out.push_back(with_unit_columns(narrow_all ? t : t.to(at::kFloat)));
+  return out;
+}
+
+inline std::vector<int64_t> offsets_of(at::TensorList tensors, int64_t dim) {
+  std::vector<int64_t> offsets{0};
+  for (const at::Tensor& tensor : tensors) offsets.push_back(offsets.back() + tensor.size(dim));
+  return offsets;
+}
+
+// Adapters that read one input: where each one's ranks lie side by side, and its factors as float32 or bfloat16 rows.
+struct Adapters {
+  std::vector<at::Tensor> As, Bs;
+  std::vector<int64_t> offsets;
+  std::vector<float> scale_of_rank;
+  int64_t ranks, padded;
+
+  Adapters(at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings)
+      : As(readable(lora_As)), Bs(readable(lora_Bs)), offsets(offsets_of(lora_As, 0)), ranks(offsets.back()),
+        padded((ranks + kLanes - 1) / kLanes * kLanes) {
+    scale_of_rank.resize(padded, 0.0f);
+    for (size_t i = 0; i < As.size(); ++i)
+      std::fill(
+          scale_of_rank.begin() + offsets[i], scale_of_rank.begin() + offsets[i + 1], static_cast<float>(scalings[i]));
+  }
+  int64_t rank(size_t i) const { return offsets[i + 1] - offsets[i]; }
+  PackedB stacked_A(Packing as) const {
+    Rows rows;
+    for (const at::Tensor& A : this->As) rows.append(A);
+    return PackedB(std::move(rows), as);
+  }
+  PackedB B(size_t i, Packing as) const { return PackedB(Bs[i], as); }
+
+  // s h, rounded: the left factor of every expand product.
+  void scale(const float* h, int64_t ldh, int64_t tokens, bf16* out) const {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < ranks; r += kLanes) {
+        const __mmask16 mask = first_lanes(ranks - r);
+        const __m512 value = _mm512_maskz_loadu_ps(mask, h + t * ldh + r);
+        _mm256_mask_storeu_epi16(
+            out + t * ranks + r, mask, narrow(_mm512_mul_ps(value, _mm512_loadu_ps(scale_of_rank.data() + r))));
+      }
+  }
+  // g_i = s_i dy_i B_i for one block, into columns [offset_i, offset_i + r_i) of g [tokens, ranks].
+  void project(size_t i, const bf16* dy, int64_t ld, int64_t tokens, const PackedB& B, bf16* g) const {
+    const Piece piece{dy, ld, B.panels()};
+    const __m512 s = _mm512_set1_ps(rank(i) > 0 ? scale_of_rank[offsets[i]] : 0.0f);
+    bf16* target = g + offsets[i];
+    const int64_t ldg = ranks;
+    block_product(
+        &piece, 1, tokens, rank(i), nullptr,
+        [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
+          _mm256_mask_storeu_epi16(target + row * ldg + column, mask, narrow(_mm512_mul_ps(sum, s)));
+        });
+  }
+};
+
+// Sums over tokens, one copy a block of rows so that the result does not depend on which thread took which block.
+class TokenSums {
+ public:
+  TokenSums(int64_t blocks, int64_t elements) : blocks_(blocks), elements_(elements), data_(blocks * elements) {}
+
+  float* start(int64_t block) const {
+    float* sums = data_.data() + block * elements_;
+    std::memset(sums, 0, elements_ * sizeof(float));
+    return sums;
+  }
+  void reduce() const {
+    at::parallel_for(0, elements_, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t block = 1; block < blocks_; ++block)
+        for (int64_t e = begin; e < end; ++e) data_[e] += data_[block * elements_ + e];
+    });
+  }
+  // sums at offset, [rows, columns] or its transpose, times a scale, in the gradient's dtype.
+  void copy(int64_t offset, bool transposed, double scale, const at::Tensor& like, std::vector<at::Tensor>& into) const {
+    const int64_t n = like.size(0), m = like.size(1);
+    const auto options = like.options().dtype(at::kFloat);
+    at::Tensor out = at::empty({n, m}, options);
+    float* target = out.mutable_data_ptr<float>();
+    const float* source = data_.data() + offset;
+    const float s = static_cast<float>(scale);
+    if (blocks_ == 0) {
+      out.zero_();
+    } else {
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < m; ++j) target[i * m + j] = s * (transposed ? source[j * n + i] : source[i * m + j]);
+    }
+    into.push_back(out.to(like.scalar_type()));
+  }
+
+ private:
+  int64_t blocks_, elements_;
+  Scratch<float> data_;
+};
+
+// One thread's buffers for Σ_t c[t, :]ᵀ z[t, :], a block of rows at a time.
+struct Columns {
+  Interleaved z;
+  Scratch<uint32_t> coefficients;
+  explicit Columns(int64_t ranks) : coefficients(kTokens / 2 * std::max<int64_t>(ranks, 1)) {}
+
+  // C [ranks, columns] += cᵀ z
+  template <typename T>
+  void add(const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
+    if (ranks == 0) return;
+    for (int64_t t = 0; t < tokens; t += kTokens) {
+      const int64_t count = std::min(kTokens, tokens - t);
+      pair_tokens(coefficients, c + t * ldc, ldc, count, ranks);
+      z.load(rows + t * ld, ld, count, columns);
+      columns_product(coefficients.data(), ranks, z, columns, C);
+    }
+  }
+};
+
+inline Scratch<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t outer) {
+  if (!bias.has_value()) return {};
+  const int64_t padded = (outer + kLanes - 1) / kLanes * kLanes;
+  Scratch<float> out(padded);
+  const at::Tensor wide = bias->to(at::kFloat).contiguous();
+  std::copy_n(wide.const_data_ptr<float>(), outer, out.data());
+  std::fill(out.data() + outer, out.data() + padded, 0.0f);
+  return out;
+}
+
+}  // namespace
+}  // namespace aletheia
+
+#pragma GCC pop_options
+
+#endif

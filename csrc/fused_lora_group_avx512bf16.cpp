@@ -1,0 +1,201 @@
+// LoRA group: y_i = x W_iᵀ + s_i h_i B_iᵀ as one product over in + r_i inner indices, and dx = Σ_i dy_i W_i + g A
+// likewise (mathematics: aletheia_kernels/reference/lora.py).
+//
+// Backward, a block of rows of every dy serves g, dB and dx, and of x serves dA, before the next block is touched.
+#include "fused_avx512bf16.h"
+
+#ifdef ALETHEIA_AVX512BF16
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+namespace aletheia::fused {
+namespace {
+
+template <typename Visit>  // visit(element, keep) for count elements from first on
+void for_words(const Dropout& dropout, int64_t first, int64_t count, Visit visit) {
+  PhiloxBlock block{};
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t element = first + k;
+    if (k == 0 || element % 4 == 0) block = philox(dropout.seed, static_cast<uint64_t>(element >> 2));
+    visit(k, block.word[element % 4] >= dropout.threshold);
+  }
+}
+
+// Rows of dropout(x), or of x itself.
+struct Input {
+  const bf16* data;
+  int64_t ld, features;
+  const std::optional<Dropout>& dropout;
+  Scratch<bf16> scratch;
+
+  Input(const at::Tensor& x, const std::optional<Dropout>& dropout, int64_t block)
+      : data(x.const_data_ptr<bf16>()), ld(x.stride(0)), features(x.size(1)), dropout(dropout),
+        scratch(dropout ? block * features : 0) {}
+
+  std::pair<const bf16*, int64_t> rows(int64_t first, int64_t count) {
+    const bf16* source = data + first * ld;
+    if (!dropout) return {source, ld};
+    const float scale = static_cast<float>(dropout->scale);
+    for (int64_t m = 0; m < count; ++m)
+      for_words(*dropout, (first + m) * features, features, [&](int64_t k, bool keep) {
+        scratch[m * features + k] = static_cast<bf16>(keep ? static_cast<float>(source[m * ld + k]) * scale : 0.0f);
+      });
+    return {scratch.data(), features};
+  }
+};
+
+}  // namespace
+
+bool available() {
+  static const bool answer = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }();
+  return answer;
+}
+
+bool serves(const at::Tensor& x) {
+  // Packing a weight costs as much as some 20 rows of its product.
+  constexpr int64_t kFewestRows = 48;
+  return available() && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestRows;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
+    const at::Tensor& x_any, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout) {
+  const at::Tensor x = with_unit_columns(x_any);
+  const int64_t tokens = x.size(0);
+  const Adapters adapters(lora_As, lora_Bs, scalings);
+  const PackedB shrink = adapters.stacked_A(Packing::kColumns);
+  std::vector<PackedB> bases, expands;
+  std::vector<Scratch<float>> starts;
+  std::vector<at::Tensor> ys;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    bases.push_back(forward_weight(weights[i]));
+    expands.push_back(adapters.B(i, Packing::kColumns));
+    starts.push_back(padded_bias(biases.get(i), weights[i].size(0)));
+    ys.push_back(at::empty({tokens, weights[i].size(0)}, x.options()));
+  }
+  std::vector<const PackedB*> jobs{&shrink};
+  for (const PackedB& b : bases) jobs.push_back(&b);
+  for (const PackedB& b : expands) jobs.push_back(&b);
+  pack_all(jobs);
+
+  at::Tensor h = at::empty({tokens, adapters.ranks}, x.options().dtype(at::kFloat));
+  float* h_data = h.mutable_data_ptr<float>();
+  const bf16* x_data = x.const_data_ptr<bf16>();
+  const int64_t ld = x.stride(0), ranks = adapters.ranks;
+  const Blocks blocks(tokens);
+  blocks.each([&](int64_t, int64_t first, int64_t count) {
+    Input input(x, dropout, blocks.size);
+    const auto [x_hat, ld_hat] = input.rows(first, count);
+    const Piece shrunk{x_hat, ld_hat, shrink.panels()};
+    block_product(&shrunk, 1, count, ranks, nullptr, store_float(h_data + first * ranks, ranks));
+    const Scratch<bf16> scaled(count * ranks);
+    adapters.scale(h_data + first * ranks, ranks, count, scaled.data());
+    for (size_t i = 0; i < ys.size(); ++i) {
+      const Piece pieces[]{
+          {x_data + first * ld, ld, bases[i].panels()},
+          {scaled.data() + adapters.offsets[i], ranks, expands[i].panels()}};
+      const int64_t out = ys[i].size(1);
+      block_product(
+          pieces, 2, count, out, starts[i].data(), store_bfloat16(ys[i].mutable_data_ptr<bf16>() + first * out, out));
+    }
+  });
+  return {std::move(ys), h};
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
+    at::TensorList dys_any, const at::Tensor& x_any, const at::Tensor& h, at::TensorList weights,
+    at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
+    const std::optional<Dropout>& dropout, bool needs_dx) {
+  const at::Tensor x = with_unit_columns(x_any);
+  const int64_t tokens = x.size(0), features = x.size(1);
+  const Adapters adapters(lora_As, lora_Bs, scalings);
+  const int64_t ranks = adapters.ranks;
+  const PackedB spread = adapters.stacked_A(Packing::kRows);
+  std::vector<at::Tensor> dys;
+  std::vector<PackedB> bases, shrinks;
+  std::vector<const PackedB*> jobs{&spread};
+  std::vector<int64_t> dB_offsets{ranks * features};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    dys.push_back(with_unit_columns(dys_any[i]));
+    shrinks.push_back(adapters.B(i, Packing::kRows));
+    if (needs_dx) bases.push_back(backward_weight(weights[i]));
+    dB_offsets.push_back(dB_offsets.back() + lora_Bs[i].numel());
+  }
+  for (const PackedB& b : bases) jobs.push_back(&b);
+  for (const PackedB& b : shrinks) jobs.push_back(&b);
+  pack_all(jobs);
+
+  at::Tensor dx = needs_dx ? at::empty({tokens, features}, x.options()) : at::empty({0}, x.options());
+  bf16* dx_data = dx.mutable_data_ptr<bf16>();
+  const float* h_data = h.const_data_ptr<float>();
+  const Blocks blocks(tokens);
+  const TokenSums sums(blocks.count, dB_offsets.back());
+  blocks.each([&](int64_t block, int64_t first, int64_t count) {
+    float* const total = sums.start(block);
+    Columns columns(ranks);
+    const Scratch<bf16> g(count * ranks);
+    std::vector<Piece> pieces;
+    for (size_t i = 0; i < dys.size(); ++i) {
+      const int64_t ld = dys[i].stride(0), out = dys[i].size(1);
+      const bf16* dy = dys[i].const_data_ptr<bf16>() + first * ld;
+      adapters.project(i, dy, ld, count, shrinks[i], g.data());
+      columns.add(
+          h_data + first * ranks + adapters.offsets[i], ranks, adapters.rank(i), dy, ld, count, out,
+          total + dB_offsets[i]);
+      if (needs_dx) pieces.push_back({dy, ld, bases[i].panels()});
+    }
+    Input input(x, dropout, blocks.size);
+    const auto [x_hat, ld_hat] = input.rows(first, count);
+    columns.add(g.data(), ranks, ranks, x_hat, ld_hat, count, features, total);
+    if (!needs_dx) return;
+    bf16* target = dx_data + first * features;
+    const Piece low_rank{g.data(), ranks, spread.panels()};
+    if (!dropout) pieces.push_back(low_rank);
+    block_product(pieces.data(), pieces.size(), count, features, nullptr, store_bfloat16(target, features));
+    if (dropout && ranks > 0) {
+      const Scratch<float> unmasked(count * features);
+      block_product(&low_rank, 1, count, features, nullptr, store_float(unmasked.data(), features));
+      const float scale = static_cast<float>(dropout->scale);
+      for_words(*dropout, first * features, count * features, [&](int64_t e, bool keep) {
+        if (keep) target[e] = static_cast<bf16>(static_cast<float>(target[e]) + unmasked[e] * scale);
+      });
+    }
+  });
+  sums.reduce();
+  std::vector<at::Tensor> dAs, dBs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    sums.copy(adapters.offsets[i] * features, false, 1.0, lora_As[i], dAs);
+    sums.copy(dB_offsets[i], true, scalings[i], lora_Bs[i], dBs);
+  }
+  return {dx, std::move(dAs), std::move(dBs)};
+}
+
+}  // namespace aletheia::fused
+
+#pragma GCC pop_options
+
+#else
+
+namespace aletheia::fused {
+
+bool available() { return false; }
+bool serves(const at::Tensor&) { return false; }
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
+    const at::Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, at::TensorList, at::ArrayRef<double>,
+    const std::optional<Dropout>&) {
+  TORCH_CHECK(false, "built without AVX512-BF16");
+}
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
+    at::TensorList, const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList, at::TensorList,
+    at::ArrayRef<double>, const std::optional<Dropout>&, bool) {
+  TORCH_CHECK(false, "built without AVX512-BF16");
+}
+
+}  // namespace aletheia::fused
+
+#endif

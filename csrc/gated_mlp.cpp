@@ -1,0 +1,73 @@
+// Gated MLP with LoRA, forward and backward (mathematics: aletheia_kernels/reference/gated_mlp.py).
+//
+// In bfloat16 on a processor with AVX512-BF16 one sweep over blocks of rows (fused.h); elsewhere two LoRA groups with the
+// activation between them. Either way gate and up are kept for backward, and their product is computed again.
+#include "fused.h"
+#include "operators.h"
+
+namespace aletheia {
+namespace {
+
+Activation activation_from(c10::string_view name) {
+  TORCH_CHECK(name == "silu" || name == "gelu_tanh", "activation: expected silu or gelu_tanh, got ", name);
+  return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
+at::Tensor activated(const at::Tensor& gate, Activation activation) {
+  return activation == Activation::kSilu ? at::silu(gate) : at::gelu(gate, "tanh");
+}
+
+OptionalTensors slice(const OptionalTensors& list, size_t begin, size_t end) {
+  OptionalTensors out;
+  for (size_t i = begin; i < end; ++i) out.push_back(list.get(i));
+  return out;
+}
+
+int64_t ranks_of(at::TensorList lora_As) {
+  int64_t ranks = 0;
+  for (const at::Tensor& lora_A : lora_As) ranks += lora_A.size(0);
+  return ranks;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_mlp_forward(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, c10::string_view activation_name) {
+  const Activation activation = activation_from(activation_name);
+  if (fused::serves(x))
+    return fused::lora_gated_mlp_forward(x, weights, biases, lora_As, lora_Bs, scalings, activation);
+  auto [gate_up, h_in] = lora_group_forward(
+      x, weights.slice(0, 2), slice(biases, 0, 2), lora_As.slice(0, 2), lora_Bs.slice(0, 2), scalings.slice(0, 2), 0.0,
+      std::nullopt);
+  auto [ys, h_mid] = lora_group_forward(
+      activated(gate_up[0], activation).mul_(gate_up[1]), weights.slice(2), slice(biases, 2, 3), lora_As.slice(2),
+      lora_Bs.slice(2), scalings.slice(2), 0.0, std::nullopt);
+  return {ys[0], gate_up[0], gate_up[1], at::cat({h_in, h_mid}, 1)};
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gated_mlp_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& h,
+    at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
+    c10::string_view activation_name, bool needs_dx) {
+  const Activation activation = activation_from(activation_name);
+  if (fused::serves(x))
+    return fused::lora_gated_mlp_backward(
+        dy, x, gate, up, h, weights, lora_As, lora_Bs, scalings, activation, needs_dx);
+  const int64_t ranks_in = ranks_of(lora_As.slice(0, 2)), ranks_mid = lora_As[2].size(0);
+  const at::Tensor active = activated(gate, activation);
+  const auto [dproduct, dA_mid, dB_mid] = lora_group_backward(
+      {dy}, active * up, h.narrow(1, ranks_in, ranks_mid), weights.slice(2), lora_As.slice(2), lora_Bs.slice(2),
+      scalings.slice(2), 0.0, std::nullopt, true);
+  const at::Tensor dactive = dproduct * up, dup = dproduct * active;
+  const at::Tensor dgate =
+      activation == Activation::kSilu ? at::silu_backward(dactive, gate) : at::gelu_backward(dactive, gate, "tanh");
+  auto [dx, dAs, dBs] = lora_group_backward(
+      {dgate, dup}, x, h.narrow(1, 0, ranks_in), weights.slice(0, 2), lora_As.slice(0, 2), lora_Bs.slice(0, 2),
+      scalings.slice(0, 2), 0.0, std::nullopt, needs_dx);
+  dAs.push_back(dA_mid[0]);
+  dBs.push_back(dB_mid[0]);
+  return {dx, std::move(dAs), std::move(dBs)};
+}
+
+}  // namespace aletheia

@@ -1,0 +1,239 @@
+"""lora_gated_mlp equals its definition, forward and every gradient, in every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
+
+from aletheia_kernels import lora_gated_mlp
+from aletheia_kernels.gated_mlp import ACTIVATIONS
+
+SETTINGS = settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@dataclass
+class Case:
+    """A gated MLP with everything rounded to one dtype, held in that dtype."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    lora_As: list[Tensor]
+    lora_Bs: list[Tensor]
+    scalings: list[float]
+    activation: str
+    dy: Tensor
+
+    @staticmethod
+    def draw(
+        tokens: int,
+        sizes: tuple[int, int, int],
+        ranks: tuple[int, int, int],
+        dtype: torch.dtype,
+        activation: str = "silu",
+        bias: bool = False,
+        seed: int = 0,
+    ) -> Case:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, over: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
+
+        hidden, width, out = sizes
+        shapes = [(width, hidden), (width, hidden), (out, width)]
+        return Case(
+            x=normal(tokens, hidden),
+            weights=[normal(*shape, over=shape[1]) for shape in shapes],
+            biases=[normal(shape[0]) if bias else None for shape in shapes],
+            lora_As=[normal(r, shape[1], over=shape[1]) for r, shape in zip(ranks, shapes, strict=True)],
+            lora_Bs=[normal(shape[0], r, over=max(r, 1)) for r, shape in zip(ranks, shapes, strict=True)],
+            scalings=[0.5, 1.25, 2.0],
+            activation=activation,
+            dy=normal(tokens, out),
+        )
+
+    def leaves(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> list[Tensor]:
+        parts = [self.x.to(dtype, copy=True)]
+        parts += [t.to(adapters or dtype, copy=True) for t in (*self.lora_As, *self.lora_Bs)]
+        return [part.requires_grad_() for part in parts]
+
+    def results(self, y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(y, leaves, self.dy.to(y.dtype))
+        names = ["dx", *(f"dA[{i}]" for i in range(3)), *(f"dB[{i}]" for i in range(3))]
+        return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The definition by plain torch and its autograd, in one dtype throughout."""
+        leaves = self.leaves(dtype)
+
+        def project(i: int, z: Tensor) -> Tensor:
+            bias = self.biases[i]
+            base = linear(z, self.weights[i].to(dtype), None if bias is None else bias.to(dtype))
+            return base + self.scalings[i] * linear(linear(z, leaves[1 + i]), leaves[4 + i])
+
+        gate, up = project(0, leaves[0]), project(1, leaves[0])
+        active = silu(gate) if self.activation == "silu" else gelu(gate, approximate="tanh")
+        return self.results(project(2, active * up), leaves)
+
+    def call(self, leaves: list[Tensor]) -> Tensor:
+        return lora_gated_mlp(
+            leaves[0],
+            self.weights,
+            self.biases,
+            leaves[1:4],
+            leaves[4:],
+            self.scalings,
+            activation=self.activation,
+        )
+
+    def ours(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> dict[str, Tensor]:
+        leaves = self.leaves(dtype, adapters)
+        return self.results(self.call(leaves), leaves)
+
+
+@DTYPES
+@SETTINGS
+@given(
+    tokens=st.integers(0, 130),
+    sizes=st.tuples(st.integers(1, 150), st.integers(1, 150), st.integers(1, 150)),
+    ranks=st.tuples(st.integers(0, 300), st.integers(0, 40), st.integers(0, 40)),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@example(tokens=0, sizes=(33, 5, 7), ranks=(3, 0, 300), activation="silu", bias=True, seed=0)
+@example(tokens=129, sizes=(65, 97, 33), ranks=(0, 0, 0), activation="gelu_tanh", bias=False, seed=1)
+@example(tokens=130, sizes=(64, 128, 64), ranks=(16, 16, 16), activation="silu", bias=False, seed=2)
+def test_equals_the_definition(backend, two_times_rule, dtype, tokens, sizes, ranks, activation, bias, seed):
+    case = Case.draw(tokens, sizes, ranks, dtype, activation, bias, seed)
+    ours, plain, exact = case.ours(dtype), case.plain(dtype), case.plain(torch.float64)
+    for name in exact:
+        two_times_rule(name, ours[name], plain[name], exact[name])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_width_longer_than_one_sweep_of_the_product(backend, two_times_rule, activation):
+    case = Case.draw(60, (40, 4500, 40), (5, 9, 17), torch.bfloat16, activation)
+    ours, plain, exact = (
+        case.ours(torch.bfloat16, adapters=torch.float32),
+        case.plain(torch.bfloat16),
+        case.plain(torch.float64),
+    )
+    for name in exact:
+        two_times_rule(name, ours[name], plain[name], exact[name])
+        assert ours[name].dtype == (torch.float32 if name[:2] in ("dA", "dB") else torch.bfloat16)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_saturated_gates_stay_finite(backend, two_times_rule, activation):
+    case = Case.draw(64, (16, 24, 16), (2, 2, 2), torch.bfloat16, activation)
+    case.weights[0] = case.weights[0] * 4096
+    ours, plain, exact = case.ours(torch.bfloat16), case.plain(torch.bfloat16), case.plain(torch.float64)
+    for name in exact:
+        two_times_rule(name, ours[name], plain[name], exact[name])
+
+
+@DTYPES
+def test_strided_operands(backend, two_times_rule, dtype):
+    case = Case.draw(70, (48, 56, 24), (5, 0, 11), dtype)
+    plain, exact = case.plain(dtype), case.plain(torch.float64)
+
+    def every_other_column(t: Tensor) -> Tensor:
+        holder = torch.full((t.shape[0], 2 * t.shape[1]), float("nan"), dtype=t.dtype)
+        holder[:, ::2] = t
+        return holder[:, ::2]
+
+    case.weights = [w.T.contiguous().T for w in case.weights]
+    leaves = [every_other_column(t).detach().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)]
+    case.dy = every_other_column(case.dy)
+    ours = case.results(case.call(leaves), leaves)
+    for name in exact:
+        two_times_rule(name, ours[name], plain[name], exact[name])
+
+
+def test_keeps_gate_and_up_and_not_their_product(backend):
+    case = Case.draw(64, (16, 32, 16), (2, 2, 2), torch.bfloat16)
+    saved: dict[int, Tensor] = {}
+    own = {t.untyped_storage().data_ptr() for t in (case.x, *case.weights, *case.lora_As, *case.lora_Bs)}
+
+    def keep(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    leaves = [t.requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        case.call(leaves)
+    fresh = sorted(t.shape for data, t in saved.items() if data not in own)
+    assert fresh == [(64, 6), (64, 32), (64, 32)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(backend, activation):
+    case = Case.draw(4, (5, 6, 3), (2, 0, 3), torch.float64, activation, bias=True)
+    assert torch.autograd.gradcheck(lambda *leaves: case.call(list(leaves)), case.leaves(torch.float64))
+
+
+@DTYPES
+def test_opcheck(backend, dtype):
+    case = Case.draw(9, (12, 6, 5), (2, 0, 4), dtype)
+    leaves = case.leaves(dtype)
+    args = (leaves[0], case.weights, case.biases, leaves[1:4], leaves[4:], case.scalings, "silu")
+    torch.library.opcheck(torch.ops.aletheia.lora_gated_mlp.default, args)
+    gate, h = torch.randn(9, 6).to(dtype), torch.randn(9, 6)
+    rest = (case.weights, case.lora_As, case.lora_Bs, case.scalings, "silu", True)
+    torch.library.opcheck(
+        torch.ops.aletheia.lora_gated_mlp_backward.default, (case.dy, case.x, gate, gate.clone(), h, *rest)
+    )
+
+
+@DTYPES
+def test_compiles_as_one_graph(backend, dtype):
+    case = Case.draw(12, (16, 10, 8), (3, 5, 2), dtype)
+    eager, compiled = case.leaves(dtype), case.leaves(dtype)
+    expected = case.results(case.call(eager), eager)
+    run = torch.compile(lambda *leaves: case.call(list(leaves)), fullgraph=True, backend="aot_eager")
+    given = case.results(run(*compiled), compiled)
+    for name in expected:
+        assert torch.equal(given[name], expected[name]), name
+
+
+def test_leading_dimensions_are_kept(backend):
+    case = Case.draw(24, (16, 12, 10), (3, 3, 3), torch.float32)
+    leaves = case.leaves(torch.float32)
+    stacked = case.call([leaves[0].view(2, 3, 4, 16), *leaves[1:]])
+    assert stacked.shape == (2, 3, 4, 10)
+    assert torch.equal(stacked.view(24, 10), case.call(leaves))
+
+
+def _transposed_up(case: Case) -> None:
+    case.weights[1] = case.weights[1][:4]
+    case.lora_Bs[1] = case.lora_Bs[1][:4]
+
+
+BAD = {
+    "two weights": (lambda case: case.weights.pop(), "expected one weight, bias, A, B and scaling"),
+    "gate and up": (_transposed_up, "gate is .* expected one shape"),
+    "activation": (lambda case: setattr(case, "activation", "relu"), "expected silu or gelu_tanh, got relu"),
+    "down": (lambda case: case.weights.__setitem__(2, case.x), r"weights\[0\]: expected \[out, 6\]"),
+    "trained": (lambda case: case.weights[0].requires_grad_(), "expected frozen ones"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_arguments_that_do_not_fit_are_named(backend, what):
+    case = Case.draw(9, (12, 6, 5), (2, 1, 4), torch.float32)
+    spoil, message = BAD[what]
+    spoil(case)
+    with pytest.raises(RuntimeError, match=message):
+        case.call([case.x, *case.lora_As, *case.lora_Bs])
