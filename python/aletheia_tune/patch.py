@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 import aletheia_kernels
 from aletheia_tune.errors import UserError
+from aletheia_tune.gated_mlp import PARTS, apply_gated_mlps
+from aletheia_tune.lora_layers import (
+    Replacement,
+    active_adapter,
+    dropout_p,
+    serves,
+    state_reason,
+    structural_reason,
+    undisturbed,
+)
 
 
 @dataclass(frozen=True)
@@ -51,75 +60,15 @@ class PatchReport:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def _structural_reason(layer: nn.Module) -> str | None:
-    """Why a layer can never run on the operator while it is built as it is; None when it can."""
-    if type(layer) is not LoraLinear:
-        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no operator"
-    if type(layer.get_base_layer()) not in (nn.Linear, Conv1D) or isinstance(layer.base_layer, LoraLayer):
-        return f"its base layer is a {type(layer.get_base_layer()).__name__}"
-    return None
-
-
-def _state_reason(layer: Any) -> str | None:
-    """Why a layer's present state needs PEFT's own forward; None when the operator computes the same."""
-    if layer.disable_adapters:
-        return "adapters are disabled"
-    if layer.merged:
-        return "adapters are merged into the weight"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1:
-        return f"{len(active)} adapters are active on it"
-    name = active[0]
-    if name in layer.lora_variant:
-        return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
-    base, lora_A, lora_B, dropout = (
-        layer.base_layer,
-        layer.lora_A[name],
-        layer.lora_B[name],
-        layer.lora_dropout[name],
-    )
-    if base.weight.requires_grad:
-        return "its base weight is trained"
-    if lora_B.bias is not None or lora_A.bias is not None:
-        return "the adapter has a bias of its own (lora_bias)"
-    if type(lora_A) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
-        return f"the adapter is made of {type(lora_A).__name__} and {type(dropout).__name__}"
-    for part in (base, lora_A, lora_B, dropout):
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return "a hook is registered on its base layer or adapter"
-        if "forward" in part.__dict__:
-            return "the forward of its base layer or adapter is replaced"
-    return None
-
-
-def _dropout_p(layer: LoraLinear) -> float:
-    dropout = layer.lora_dropout[_active(layer)]
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def _active(layer: LoraLinear) -> str:
-    return next(name for name in layer.active_adapters if name in layer.lora_A)
-
-
-def _serves(layer: LoraLinear, x: Tensor) -> bool:
-    """Whether the operator computes this call: the state allows it and x has, or is cast to, the weight's dtype."""
-    if _state_reason(layer) is not None or not x.is_floating_point() or _dropout_p(layer) >= 1.0:
-        return False
-    weight = layer.base_layer.weight
-    if torch.is_autocast_enabled(x.device.type):
-        return weight.dtype == torch.get_autocast_dtype(x.device.type)
-    return weight.dtype == x.dtype
-
-
 def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
-    names = [_active(layer) for layer in layers]
+    names = [active_adapter(layer) for layer in layers]
     bases: list[Any] = [layer.base_layer for layer in layers]
     adapters: list[tuple[Any, Any]] = [
         (layer.lora_A[name], layer.lora_B[name]) for layer, name in zip(layers, names, strict=True)
     ]
-    dropout_p = _dropout_p(layers[0])
+    probability = dropout_p(layers[0])
     seed = None
-    if dropout_p > 0.0:
+    if probability > 0.0:
         # Drawn from the default generator, as dropout itself would: checkpointing that restores it repeats the mask.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     return aletheia_kernels.lora_group(
@@ -129,7 +78,7 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
         [lora_A.weight for lora_A, _ in adapters],
         [lora_B.weight for _, lora_B in adapters],
         [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)],
-        dropout_p=dropout_p,
+        dropout_p=probability,
         seed=seed,
     )
 
@@ -157,11 +106,11 @@ class _Siblings:
             if not self.outputs:
                 self.source = None
             return output
-        dropout_p = _dropout_p(layer)
+        probability = dropout_p(layer)
         members = [
             other
             for other in self.layers
-            if other is layer or (_serves(other, x) and _dropout_p(other) == dropout_p)
+            if other is layer or (serves(other, x) and dropout_p(other) == probability)
         ]
         outputs = {id(member): y for member, y in zip(members, _compute(members, x), strict=True)}
         mine = outputs.pop(id(layer))
@@ -169,37 +118,22 @@ class _Siblings:
         return mine
 
 
-class _KernelForward:
+class _KernelForward(Replacement):
     """The forward that replaces a LoRA linear's own."""
 
     def __init__(self, layer: LoraLinear, siblings: _Siblings | None) -> None:
+        super().__init__(layer)
         self.layer = layer
         self.siblings = siblings
-        self.replaced = layer.__dict__.get("forward")
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
-        if args or kwargs or not _serves(layer, x):
-            original = self.replaced or type(layer).forward.__get__(layer)
-            return original(x, *args, **kwargs)
+        if args or kwargs or not serves(layer, x):
+            return self.original(x, *args, **kwargs)
         # A compiler sees the whole graph and would trip over outputs kept aside between calls.
         if self.siblings is None or torch.compiler.is_compiling():
             return _compute([layer], x)[0]
         return self.siblings.run(layer, x)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients and a private random state; every module's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _observe_siblings(
@@ -222,7 +156,7 @@ def _observe_siblings(
 
     handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     try:
-        with _undisturbed(model):
+        with undisturbed(model):
             model(**inputs)
     finally:
         for handle in handles:
@@ -249,9 +183,10 @@ def apply_kernels(
     """Swaps the forward of a PEFT model's LoRA linears for the operator, in place.
 
     Siblings (q, k, v; gate, up) are found by observing one small forward pass: layers of one parent module that
-    receive the same tensor become one call. PEFT keeps its parameters, so saving, loading, merging and switching
-    adapters are untouched; a state that the operator does not compute (several active adapters, adapters disabled or
-    merged, DoRA and other variants, hooks on the base layer, a weight in another dtype than its input) runs PEFT's own
+    receive the same tensor become one call. A gated MLP is one call from end to end, with adapters or without. PEFT
+    keeps its parameters, so saving, loading, merging and switching adapters are untouched; a state that the operator
+    does not compute (several active adapters, adapters disabled or merged, DoRA and other variants, hooks on the base
+    layer, a weight in another dtype than its input) runs PEFT's own
     forward. Calling it again on a patched model patches it afresh.
 
     Args:
@@ -271,12 +206,12 @@ def apply_kernels(
     }
     if not adapted:
         raise UserError("apply_kernels: the model has no LoRA layer; wrap it with peft.get_peft_model first")
-    reasons = {name: _structural_reason(layer) or _state_reason(layer) for name, layer in adapted.items()}
+    reasons = {name: structural_reason(layer) or state_reason(layer) for name, layer in adapted.items()}
     if strict and (slow := [f"{name}: {reason}" for name, reason in reasons.items() if reason]):
         raise UserError(
             f"apply_kernels(strict=True): {len(slow)} adapted modules stay on PEFT's path, the first {slow[0]}"
         )
-    layers: dict[str, Any] = {n: layer for n, layer in adapted.items() if _structural_reason(layer) is None}
+    layers: dict[str, Any] = {n: layer for n, layer in adapted.items() if structural_reason(layer) is None}
 
     notes: list[str] = []
     groups: list[tuple[str, ...]] = []
@@ -299,11 +234,22 @@ def apply_kernels(
     for name, layer in layers.items():
         group = siblings_of.get(name)
         layer.forward = _KernelForward(layer, shared[group] if group else None)
+    with undisturbed(model):
+        mlps = apply_gated_mlps(model)
+    for mlp in mlps:
+        parts = tuple(name for part in PARTS if (name := f"{mlp}.{part}") in layers and not reasons[name])
+        siblings_of.update(dict.fromkeys(parts, parts))
+    bare = sum(not any(f"{mlp}.{part}" in layers for part in PARTS) for mlp in mlps)
+    if bare:
+        notes.append(f"{bare} gated MLPs without adapters run on the operator as well")
     entries = tuple(
         PatchEntry(
             name,
             "peft" if reasons[name] else "kernel",
-            reasons[name] or ("one call with its siblings" if name in siblings_of else "one call of its own"),
+            reasons[name]
+            or (
+                "one call with its siblings" if len(siblings_of.get(name, ())) > 1 else "one call of its own"
+            ),
             siblings_of.get(name, ()),
         )
         for name in adapted
@@ -316,10 +262,7 @@ def restore(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, _KernelForward):
-            if forward.replaced is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward.replaced
+        if isinstance(forward, Replacement):
+            forward.restore()
             count += 1
     return count

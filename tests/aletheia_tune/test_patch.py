@@ -76,13 +76,18 @@ def loss_and_grads(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor
 def calls(monkeypatch) -> list[int]:
     """How many projections each call of the operator computed, in order."""
     seen: list[int] = []
-    original = aletheia_kernels.lora_group
 
-    def counting(x, weights, *args, **kwargs):
-        seen.append(len(weights))
-        return original(x, weights, *args, **kwargs)
+    def count(name: str) -> None:
+        original = getattr(aletheia_kernels, name)
 
-    monkeypatch.setattr(aletheia_kernels, "lora_group", counting)
+        def counting(x, weights, *args, **kwargs):
+            seen.append(len(weights))
+            return original(x, weights, *args, **kwargs)
+
+        monkeypatch.setattr(aletheia_kernels, name, counting)
+
+    count("lora_group")
+    count("lora_gated_mlp")
     return seen
 
 
@@ -109,12 +114,12 @@ def test_siblings_are_found_and_computed_in_one_call(calls):
     model = adapted()
     report = apply_kernels(model)
     siblings = {tuple(name.rpartition(".")[2] for name in entry.siblings) for entry in report.entries}
-    assert siblings == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ()}
+    assert siblings == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ()}
     calls.clear()
     model(input_ids=ids())
-    assert calls == [3, 1, 2, 1] * 2
+    assert calls == [3, 1, 3] * 2
     assert str(report).splitlines() == [
-        "14 of 14 adapted modules run on the kernels, in 8 calls a forward pass"
+        "14 of 14 adapted modules run on the kernels, in 6 calls a forward pass"
     ]
 
 
@@ -124,7 +129,7 @@ def test_restore_is_bit_identical():
     before = model(input_ids=tokens).logits
     apply_kernels(model)
     patched = model(input_ids=tokens).logits
-    assert restore(model) == 14
+    assert restore(model) == 16
     assert torch.equal(model(input_ids=tokens).logits, before)
     assert not torch.equal(patched, before)  # the operator did run: it sums in another order
     assert restore(model) == 0

@@ -1,0 +1,118 @@
+"""What a PEFT LoRA layer, built and set as it is, lets an operator compute in its stead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients and a private random state; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Replacement:
+    """A forward put in a module's place of its own; ``replaced`` is what stood there, or None for the class's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.replaced = module.__dict__.get("forward")
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that this one stands before."""
+        return (self.replaced or type(self.module).forward.__get__(self.module))(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Puts the module back as it was found."""
+        if self.replaced is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.replaced
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook wants to see the module's calls."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def structural_reason(layer: nn.Module) -> str | None:
+    """Why a layer can never run on the operator while it is built as it is; None when it can."""
+    if type(layer) is not LoraLinear:
+        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no operator"
+    if type(layer.get_base_layer()) not in (nn.Linear, Conv1D) or isinstance(layer.base_layer, LoraLayer):
+        return f"its base layer is a {type(layer.get_base_layer()).__name__}"
+    return None
+
+
+def state_reason(layer: Any) -> str | None:
+    """Why a layer's present state needs PEFT's own forward; None when the operator computes the same."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged into the weight"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active on it"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
+    base, lora_A, lora_B, dropout = (
+        layer.base_layer,
+        layer.lora_A[name],
+        layer.lora_B[name],
+        layer.lora_dropout[name],
+    )
+    if base.weight.requires_grad:
+        return "its base weight is trained"
+    if lora_B.bias is not None or lora_A.bias is not None:
+        return "the adapter has a bias of its own (lora_bias)"
+    if type(lora_A) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"the adapter is made of {type(lora_A).__name__} and {type(dropout).__name__}"
+    for part in (base, lora_A, lora_B, dropout):
+        if is_hooked(part):
+            return "a hook is registered on its base layer or adapter"
+        if "forward" in part.__dict__:
+            return "the forward of its base layer or adapter is replaced"
+    return None
+
+
+def dropout_p(layer: LoraLinear) -> float:
+    """The dropout probability that a call would apply now."""
+    dropout = layer.lora_dropout[active_adapter(layer)]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def active_adapter(layer: LoraLinear) -> str:
+    """The name of the first active adapter that the layer has."""
+    return next(name for name in layer.active_adapters if name in layer.lora_A)
+
+
+def serves(layer: LoraLinear, x: Tensor) -> bool:
+    """Whether the operator computes this call: the state allows it and x has, or is cast to, the weight's dtype."""
+    if state_reason(layer) is not None or not x.is_floating_point() or dropout_p(layer) >= 1.0:
+        return False
+    weight = layer.base_layer.weight
+    if torch.is_autocast_enabled(x.device.type):
+        return weight.dtype == torch.get_autocast_dtype(x.device.type)
+    return weight.dtype == x.dtype
