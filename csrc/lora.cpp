@@ -1,14 +1,15 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
-// The base products go to the vendor library through ATen. In bfloat16 on a processor with AVX512-BF16 the low-rank half
-// is ours (low_rank.h); elsewhere it is composed of ATen products that accumulate into the fresh outputs. Either way
-// siblings share one shrink product and dropout is made again from its seed.
+// The base products go to the vendor library through ATen. In float and bfloat16 the low-rank half is ours (low_rank.h);
+// in other dtypes it is composed of ATen products that accumulate into the fresh outputs. Either way siblings share one
+// shrink product and dropout is made again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 
 #include "clones.h"
+#include "instruction_set.h"
 #include "low_rank.h"
 #include "operators.h"
 #include "philox.h"
@@ -60,12 +61,17 @@ at::Tensor dropped(const at::Tensor& x, const std::optional<Dropout>& dropout) {
   return out;
 }
 
-bool uses_low_rank(const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs) {
+// Who does the low-rank half: low_rank.h's AVX512-BF16 products, its vectors of any instruction set, or ATen.
+enum class LowRank { kAvx512Bf16, kVec, kAten };
+
+LowRank low_rank_for(const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs) {
   const auto readable = [](const at::Tensor& t) {
     return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
   };
-  return x.scalar_type() == at::kBFloat16 && low_rank::available() &&
-         std::all_of(lora_As.begin(), lora_As.end(), readable) && std::all_of(lora_Bs.begin(), lora_Bs.end(), readable);
+  if (!std::all_of(lora_As.begin(), lora_As.end(), readable) || !std::all_of(lora_Bs.begin(), lora_Bs.end(), readable))
+    return LowRank::kAten;
+  if (x.scalar_type() == at::kBFloat16 && instruction_set() == InstructionSet::kAvx512Bf16) return LowRank::kAvx512Bf16;
+  return low_rank::vec::serves(x.scalar_type()) ? LowRank::kVec : LowRank::kAten;
 }
 
 at::Tensor stacked(at::TensorList lora_As, at::ScalarType dtype) {
@@ -94,9 +100,10 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     ys.push_back(at::linear(x, weights[i], biases.get(i)));
     ranks += lora_As[i].size(0);
   }
-  if (uses_low_rank(x, lora_As, lora_Bs)) {
+  if (const LowRank half = low_rank_for(x, lora_As, lora_Bs); half != LowRank::kAten) {
     at::Tensor h = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
-    low_rank::forward(x, lora_As, lora_Bs, scalings, dropout, ys, h);
+    const auto forward = half == LowRank::kVec ? low_rank::vec::forward : low_rank::forward;
+    forward(x, lora_As, lora_Bs, scalings, dropout, ys, h);
     return {std::move(ys), h};
   }
   const at::Tensor h = at::mm(dropped(x, dropout), stacked(lora_As, dtype).t());
@@ -121,9 +128,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
     dAs.push_back(at::empty_like(lora_As[i], at::MemoryFormat::Contiguous));
     dBs.push_back(at::empty_like(lora_Bs[i], at::MemoryFormat::Contiguous));
   }
-  const bool ours = uses_low_rank(x, lora_As, lora_Bs);
-  if (ours) {
-    low_rank::backward(dys, x, h, lora_Bs, scalings, dropout, g, dAs, dBs);
+  const LowRank half = low_rank_for(x, lora_As, lora_Bs);
+  if (half != LowRank::kAten) {
+    const auto backward = half == LowRank::kVec ? low_rank::vec::backward : low_rank::backward;
+    backward(dys, x, h, lora_Bs, scalings, dropout, g, dAs, dBs);
   } else {
     const at::Tensor x_hat = dropped(x, dropout), h_narrow = h.to(dtype);
     int64_t column = 0;
@@ -140,8 +148,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
 
   at::Tensor dx = at::mm(dys[0], weights[0]);
   for (size_t i = 1; i < weights.size(); ++i) dx.addmm_(dys[i], weights[i]);
-  if (ours) {
-    low_rank::add_input_gradient(g, lora_As, dropout, dx);
+  if (half != LowRank::kAten) {
+    const auto add = half == LowRank::kVec ? low_rank::vec::add_input_gradient : low_rank::add_input_gradient;
+    add(g, lora_As, dropout, dx);
   } else if (dropout) {
     masked<true>(at::mm(g, stacked(lora_As, dtype)), dx, *dropout);
   } else {

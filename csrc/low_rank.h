@@ -1,4 +1,4 @@
-// The low-rank half of a LoRA group for bfloat16, on processors with AVX512-BF16: everything around the base product.
+// The low-rank half of a LoRA group: everything around the base product.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,6 +18,8 @@ struct Dropout {
 
 namespace low_rank {
 
+// For bfloat16 on processors with AVX512-BF16, in namespace vec for float and bfloat16 on any.
+
 // Whether this processor runs the functions below.
 bool available();
 
@@ -26,7 +28,7 @@ void forward(
     const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
     const std::optional<Dropout>& dropout, at::TensorList ys, at::Tensor& h);
 
-// g [tokens, Σ r_i] bfloat16 = s_i dy_i B_i side by side, dA_i and dB_i float32, in one pass over every dy and x.
+// g [tokens, Σ r_i] in x's dtype = s_i dy_i B_i side by side, dA_i and dB_i, in one pass over every dy and x.
 void backward(
     at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList lora_Bs,
     at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, at::Tensor& g, at::TensorList dAs,
@@ -36,5 +38,23 @@ void backward(
 void add_input_gradient(
     const at::Tensor& g, at::TensorList lora_As, const std::optional<Dropout>& dropout, at::Tensor& dx);
 
+namespace vec {
+
+// Whether the functions below take x in this dtype. They run on the instruction set that instruction_set() names.
+bool serves(at::ScalarType dtype);
+
+void forward(
+    const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
+    const std::optional<Dropout>& dropout, at::TensorList ys, at::Tensor& h);
+
+void backward(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList lora_Bs,
+    at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, at::Tensor& g, at::TensorList dAs,
+    at::TensorList dBs);
+
+void add_input_gradient(
+    const at::Tensor& g, at::TensorList lora_As, const std::optional<Dropout>& dropout, at::Tensor& dx);
+
+}  // namespace vec
 }  // namespace low_rank
 }  // namespace aletheia

@@ -1,0 +1,12 @@
+// The low-rank kernels in the compiler's baseline: SSE2 on x86-64, NEON on 64-bit ARM.
+#include "low_rank_kernels.h"
+#include "philox.h"
+
+#define ALETHEIA_LANES 4
+#ifdef __x86_64__
+#define ALETHEIA_REGISTERS 16
+#else
+#define ALETHEIA_REGISTERS 32
+#endif
+#define ALETHEIA_KERNELS kDefaultKernels
+#include "low_rank_vec.h"
