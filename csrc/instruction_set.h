@@ -15,8 +15,8 @@ const char* name_of(InstructionSet set);
 // The widest that this processor offers.
 InstructionSet offered_instruction_set();
 
-// The one in use: the widest offered, or the one that the environment variable ALETHEIA_CPU_ISA names. Read at every call,
-// so that a test can go through all of them in one process. Throws when the name is unknown or the processor lacks it.
+// The one in use: the widest offered, or the one that the environment variable ALETHEIA_CPU_ISA names. Read at every
+// call, so that one process can go through all of them. Throws when the name is unknown or the processor lacks it.
 InstructionSet instruction_set();
 
 }  // namespace aletheia

@@ -8,7 +8,7 @@
 
 namespace {
 
-// How many of the sets beyond the baseline, in the order of aletheia_kernels.cpu.INSTRUCTION_SETS, the processor offers.
+// How many of aletheia_kernels.cpu.INSTRUCTION_SETS, beyond the baseline and in that order, the processor offers.
 int64_t features() { return static_cast<int64_t>(aletheia::offered_instruction_set()); }
 
 std::string instruction_set() { return aletheia::name_of(aletheia::instruction_set()); }

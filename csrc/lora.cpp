@@ -1,8 +1,8 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
-// The base products go to the vendor library through ATen. In float and bfloat16 the low-rank half is ours (low_rank.h);
-// in other dtypes it is composed of ATen products that accumulate into the fresh outputs. Either way siblings share one
-// shrink product and dropout is made again from its seed.
+// The base products go to the vendor library through ATen. In bfloat16, and in float from AVX2 on, the low-rank half is
+// ours (low_rank.h); elsewhere it is composed of ATen products that accumulate into the fresh outputs. Either way
+// siblings share one shrink product and dropout is made again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 

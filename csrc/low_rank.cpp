@@ -1,8 +1,8 @@
 // The low-rank half of a LoRA group by the kernels of low_rank_kernels.h: shrink h = x̂ Aᵀ, expand y += h (s B)ᵀ,
 // g = dy (s B) and dx += g A are row products, dB_iᵀ = s h_iᵀ dy_i and dA = gᵀ x̂ column products.
 //
-// Tokens are walked in blocks, one thread a run of blocks: a block is turned into float panels once, and serves g and dB,
-// or dA, from cache. Each thread sums its own dA and dB; these are added in thread order, so a run repeats bit for bit.
+// Tokens are walked in blocks, one thread a run of blocks: a block is turned into float panels once, and serves g and
+// dB, or dA, from cache. Each thread sums its own dA and dB, added in thread order: a run repeats bit for bit.
 #include "low_rank.h"
 
 #include <ATen/Parallel.h>
@@ -256,7 +256,11 @@ void add_input_gradient_in(
 
 }  // namespace
 
-bool serves(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16; }
+// In float the baseline loses to a vendor library that chooses its own instruction set. In bfloat16 that library is far
+// behind wherever it has no AVX512-BF16.
+bool serves(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 || (dtype == at::kFloat && instruction_set() != InstructionSet::kDefault);
+}
 
 void forward(
     const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,

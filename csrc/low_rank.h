@@ -40,7 +40,7 @@ void add_input_gradient(
 
 namespace vec {
 
-// Whether the functions below take x in this dtype. They run on the instruction set that instruction_set() names.
+// Whether to call the functions below for x in this dtype. They run on the instruction set in use.
 bool serves(at::ScalarType dtype);
 
 void forward(

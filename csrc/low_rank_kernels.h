@@ -3,9 +3,8 @@
 //   rows     C[m, :] = or += a[m, :] B        B packed in panels of `lanes` columns
 //   columns  C[r, :] += Σ_t c[t, r] z[t, :]   z a block of rows, packed in panels of 2 `lanes` columns
 //
-// Sums and packed operands are float32; T, what x, dy, y and dx are made of, is float or bfloat16. Nothing here but plain
-// pointers and numbers: a translation unit that is compiled for a wider set must not instantiate, in its wide code, inline
-// functions that the linker could hand to everybody.
+// Sums and packed operands are float32; T, what x, dy, y and dx are made of, is float or bfloat16. Plain pointers and
+// numbers alone: wide code must not instantiate inline functions, a copy of which the linker could hand to everybody.
 #pragma once
 
 #include <c10/util/BFloat16.h>

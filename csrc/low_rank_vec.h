@@ -3,10 +3,11 @@
 //   ALETHEIA_LANES      floats in a register
 //   ALETHEIA_REGISTERS  how many there are
 //   ALETHEIA_KERNELS    the name of its KernelSet
+//   ALETHEIA_MULTIPLY_WORDS  where there is one: the instruction that multiplies the low words of 64-bit lanes
 //
-// includes low_rank_kernels.h and philox.h, turns its instruction set on, and includes this file. Everything is in an
-// anonymous namespace, and no function of another header is called but philox(), which is inlined or, being defined before
-// the set is turned on, baseline code: the object has no symbol that code for another processor could be linked to.
+// includes low_rank_kernels.h, turns its instruction set on, and includes this file. Everything is in an anonymous
+// namespace and nothing of another header is called but intrinsics: the object has no symbol that code for another
+// processor could be linked to.
 
 namespace aletheia::low_rank {
 namespace {
@@ -23,6 +24,7 @@ constexpr int kMaxRanks = kSums / 2;                    // ranks of C that a col
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t Longs __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
 typedef Ints IntsInMemory __attribute__((aligned(4), may_alias));
@@ -59,25 +61,54 @@ ALETHEIA_INLINE void store_some(Floats value, T* p, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) p[lane] = buffer[lane];
 }
 
+// Products of the low words of each lane; what is above them is ignored.
+ALETHEIA_INLINE Longs multiply_words(Longs a, uint32_t b) {
+#ifdef ALETHEIA_MULTIPLY_WORDS
+  return (Longs)ALETHEIA_MULTIPLY_WORDS(a, Longs{} + b);
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
 // All ones where an element is kept, all zeros where it is dropped, made a stretch at a time.
 class Keep {
  public:
   static constexpr int64_t kStretch = 256;  // elements; a multiple of every kWidth
 
-  ALETHEIA_INLINE explicit Keep(const Mask& mask) : mask_(mask) {}
+  ALETHEIA_INLINE explicit Keep(const Mask& mask) : mask_(mask) {
+    for (int64_t lane = 0; lane < kLanes / 2; ++lane) lanes_[lane] = static_cast<uint64_t>(lane);
+  }
 
-  // For elements [first, first + count), count <= kStretch.
+  // For elements [first, first + count), count <= kStretch: word i % 4 of counter i / 4 of the stream in philox.h, a
+  // counter a 64-bit lane, of which the low half is what counts.
   ALETHEIA_INLINE const int32_t* operator()(int64_t first, int64_t count) {
-    const uint64_t counter = static_cast<uint64_t>(first >> 2);
     const int64_t skipped = first & 3;
-    for (int64_t begin = 0; begin < skipped + count; begin += 4 * kCounters) {
-      uint32_t words[4][kCounters];
-      for (int64_t i = 0; i < kCounters; ++i) {
-        const PhiloxBlock block = philox(mask_.seed, counter + begin / 4 + i);
-        for (int w = 0; w < 4; ++w) words[w][i] = block.word[w];
+    Longs counter = lanes_ + static_cast<uint64_t>(first >> 2);
+    for (int64_t begin = 0; begin < skipped + count; begin += kWidth, counter += kLanes / 2) {
+      Longs c0 = counter, c1 = counter >> 32, c2 = {}, c3 = {};
+      uint32_t k0 = static_cast<uint32_t>(mask_.seed), k1 = static_cast<uint32_t>(mask_.seed >> 32);
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; ++round) {
+        const Longs p0 = multiply_words(c0, 0xD2511F53u), p1 = multiply_words(c2, 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ k0;
+        c2 = (p0 >> 32) ^ c3 ^ k1;
+        c1 = p1;
+        c3 = p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
       }
-      for (int64_t i = 0; i < kCounters; ++i)
-        for (int w = 0; w < 4; ++w) keep_[begin + 4 * i + w] = words[w][i] >= mask_.threshold ? -1 : 0;
+      const Longs low = (c0 & 0xffffffff) | c1 << 32, high = (c2 & 0xffffffff) | c3 << 32;
+#if ALETHEIA_LANES == 4
+      const Longs words[2] = {{low[0], high[0]}, {low[1], high[1]}};
+#elif ALETHEIA_LANES == 8
+      const Longs words[2] = {{low[0], high[0], low[1], high[1]}, {low[2], high[2], low[3], high[3]}};
+#else
+      const Longs words[2] = {
+          {low[0], high[0], low[1], high[1], low[2], high[2], low[3], high[3]},
+          {low[4], high[4], low[5], high[5], low[6], high[6], low[7], high[7]}};
+#endif
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<IntsInMemory*>(keep_ + begin + half * kLanes) = (Words)words[half] >= mask_.threshold;
     }
     return keep_ + skipped;
   }
@@ -87,10 +118,9 @@ class Keep {
   }
 
  private:
-  static constexpr int64_t kCounters = 16;
   const Mask mask_;
-  // A stretch, what is skipped before it and the counters that complete it; read a whole vector at a time.
-  int32_t keep_[kStretch + 4 * kCounters + kLanes] = {};
+  Longs lanes_;
+  int32_t keep_[kStretch + 2 * kWidth] = {};  // what is skipped, a stretch, and what completes the last registers
 };
 
 // No lambdas where there are vectors: GCC compiles one in a template for the baseline, before the target is known.

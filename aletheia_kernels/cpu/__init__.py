@@ -76,7 +76,10 @@ def instruction_set() -> str:
 
 
 def offered_instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that ``ALETHEIA_CPU_ISA`` may name here, from the baseline to the widest."""
+    """The instruction sets that ``ALETHEIA_CPU_ISA`` may name here, from the baseline to the widest; none without the
+    extension."""
+    if unavailable_reason() is not None:
+        return ()
     return INSTRUCTION_SETS[: torch.ops.aletheia_cpu.features() + 1]
 
 
