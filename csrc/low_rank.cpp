@@ -122,8 +122,9 @@ class Scratch {
   at::Tensor data_;
 };
 
-template <typename Body>  // body(start, count) for every block of a run that one thread walks
-void over_blocks(int64_t tokens, Body run) {
+// run(blocks) once for every run of blocks that a thread walks; blocks(body) calls body(start, count) for each of them.
+template <typename Run>
+void over_blocks(int64_t tokens, Run run) {
   at::parallel_for(0, (tokens + kTokens - 1) / kTokens, 1, [&](int64_t first, int64_t last) {
     run([&](auto body) {
       for (int64_t start = first * kTokens; start < std::min(last * kTokens, tokens); start += kTokens)
