@@ -1,10 +1,13 @@
 # make run    the main job: probe, plan, train SmolLM2-135M beside uniform PEFT LoRA; writes runs/demo
 # make test   linters, types, import contract, tests
+# make sanitize   the operators' tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test install clean
+SANITIZED := build/sanitized
+
+.PHONY: run test sanitize install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -14,6 +17,17 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# A package of its own, so that the extension in use stays as it is. -P: the tests must not find the one in this directory.
+# PyTorch and Python keep what they allocate to the end, so leaks cannot be told apart.
+sanitize: install
+	rm -rf $(SANITIZED)/aletheia_kernels
+	SANITIZE=1 $(BIN)/python setup.py build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	tar --exclude='_C*' --exclude=__pycache__ -cf - aletheia_kernels | tar -xf - -C $(SANITIZED)
+	ls $(SANITIZED)/aletheia_kernels/_C*.so
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZED):python HF_HUB_OFFLINE=1 $(BIN)/python -P -m pytest tests/aletheia_kernels
 
 install: $(INSTALLED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,17 +25,23 @@ else:
                 print(f"building without the C++ operators: {error}", file=sys.stderr)
                 self.extensions = []
 
+    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    if sys.platform == "linux":
+        # Without OpenMP at::parallel_for is a plain loop. Compiled for and not linked: the symbols are then those of the
+        # runtime that torch brings, whose threads torch.set_num_threads governs.
+        flags.append("-fopenmp")
+    link_flags: list[str] = []
+    if os.environ.get("SANITIZE") == "1":  # `make sanitize`
+        link_flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags += [*link_flags, "-O1", "-g1", "-fno-omit-frame-pointer"]
+
     build = {
         "ext_modules": [
             CppExtension(
                 "aletheia_kernels._C",
                 sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-                extra_compile_args=[
-                    *("-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall"),
-                    # Without OpenMP at::parallel_for is a plain loop. Compiled for and not linked: the symbols are then
-                    # those of the runtime that torch brings, whose threads torch.set_num_threads governs.
-                    *(["-fopenmp"] if sys.platform == "linux" else []),
-                ],
+                extra_compile_args=flags,
+                extra_link_args=link_flags,
             )
         ],
         "cmdclass": {"build_ext": OptionalBuild},

@@ -1,7 +1,8 @@
 """Which implementation serves a call, and why.
 
 ``ALETHEIA_BACKEND=reference|cpu|triton`` forces one for every call; where it cannot serve, the call raises
-:class:`BackendError` with the reason rather than fall back.
+:class:`BackendError` with the reason rather than fall back. ``ALETHEIA_CPU_ISA=default|avx2|avx512|avx512_bf16`` forces
+the instruction set of the compiled CPU operators likewise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NAMES = ("reference", "cpu", "triton")
 
 
 class BackendError(RuntimeError):
-    """The backend that ``ALETHEIA_BACKEND`` asks for cannot serve this call."""
+    """What ``ALETHEIA_BACKEND`` or ``ALETHEIA_CPU_ISA`` asks for cannot serve this call."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,19 @@ class Choice:
 
 
 def _refusal(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why backend ``name`` cannot serve the operator on tensors of this device and dtype; None when it can."""
+    """Why backend ``name`` cannot serve the operator on tensors of this device and dtype; None when it can.
+
+    Raises:
+        BackendError: an unmet wish for an instruction set.
+    """
     if name == "reference":
         return None
     if name == "cpu":
         if device_type != "cpu":
             return f"it serves CPU tensors, not {device_type}"
+        wrong = cpu.wrong_wish()
+        if wrong:
+            raise BackendError(wrong)
         return cpu.refusal(operator, dtype)
     return "this version has no Triton operators"
 
@@ -54,7 +62,8 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> Choice:
     """The backend that serves the operator on tensors of this device and dtype.
 
     Raises:
-        BackendError: ``ALETHEIA_BACKEND`` names no backend, or one that cannot serve.
+        BackendError: ``ALETHEIA_BACKEND`` names no backend, or one that cannot serve; ``ALETHEIA_CPU_ISA`` names no
+            instruction set, or one that this processor lacks.
     """
     wish = os.environ.get("ALETHEIA_BACKEND", "")
     if wish:

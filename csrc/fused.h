@@ -15,8 +15,7 @@ namespace aletheia {
 
 namespace fused {
 
-// Whether this processor runs the functions below, and they pay for x of this dtype and number of rows.
-bool available();
+// Whether the instruction set in use has the functions below, and they pay for x of this dtype and number of rows.
 bool serves(const at::Tensor& x);
 
 // As lora_group_forward and lora_group_backward of operators.h, which see.

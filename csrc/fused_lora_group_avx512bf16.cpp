@@ -3,6 +3,7 @@
 //
 // Backward, a block of rows of every dy serves g, dB and dx, and of x serves dA, before the next block is touched.
 #include "fused_avx512bf16.h"
+#include "instruction_set.h"
 
 #ifdef ALETHEIA_AVX512BF16
 
@@ -47,19 +48,10 @@ struct Input {
 
 }  // namespace
 
-bool available() {
-  static const bool answer = [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }();
-  return answer;
-}
-
 bool serves(const at::Tensor& x) {
   // Packing a weight costs as much as some 20 rows of its product.
   constexpr int64_t kFewestRows = 48;
-  return available() && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestRows;
+  return instruction_set() == InstructionSet::kAvx512Bf16 && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestRows;
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
@@ -183,7 +175,6 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
 
 namespace aletheia::fused {
 
-bool available() { return false; }
 bool serves(const at::Tensor&) { return false; }
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     const at::Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, at::TensorList, at::ArrayRef<double>,

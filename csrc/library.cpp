@@ -1,26 +1,23 @@
 // Schemas of the CPU operators and what the processor offers.
 #include <torch/library.h>
 
-#include "fused.h"
+#include <string>
+
+#include "instruction_set.h"
 #include "operators.h"
 
 namespace {
 
-// Bit i stands for the i-th name in aletheia_kernels.cpu.features.
-int64_t features() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  return (__builtin_cpu_supports("avx2") ? 1 : 0) | (__builtin_cpu_supports("avx512f") ? 2 : 0) |
-         (aletheia::fused::available() ? 4 : 0);
-#else
-  return 0;
-#endif
-}
+// How many of aletheia_kernels.cpu.INSTRUCTION_SETS, beyond the baseline and in that order, the processor offers.
+int64_t features() { return static_cast<int64_t>(aletheia::offered_instruction_set()); }
+
+std::string instruction_set() { return aletheia::name_of(aletheia::instruction_set()); }
 
 }  // namespace
 
 TORCH_LIBRARY(aletheia_cpu, m) {
   m.def("features() -> int", &features);
+  m.def("instruction_set() -> str", &instruction_set);
   m.def(
       "lora_group_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs,"
       " float[] scalings, float dropout_p, Tensor? seed) -> (Tensor[], Tensor)");

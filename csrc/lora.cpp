@@ -1,8 +1,8 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
-// The base products go to the vendor library through ATen. In bfloat16 on a processor with AVX512-BF16 the low-rank half
-// is ours (low_rank.h); elsewhere it is composed of ATen products that accumulate into the fresh outputs. Either way
-// siblings share one shrink product and dropout is made again from its seed.
+// In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h). Elsewhere the base products go to the vendor
+// library through ATen, and what surrounds them is low_rank.h's, or composed of ATen products that accumulate into the
+// fresh outputs. Either way siblings share one shrink product and dropout is made again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
@@ -10,6 +10,7 @@
 
 #include "clones.h"
 #include "fused.h"
+#include "low_rank.h"
 #include "operators.h"
 #include "philox.h"
 
@@ -60,6 +61,15 @@ at::Tensor dropped(const at::Tensor& x, const std::optional<Dropout>& dropout) {
   return out;
 }
 
+// Whether low_rank.h does what surrounds the base products; else ATen does.
+bool uses_low_rank(const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs) {
+  const auto readable = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
+  };
+  return low_rank::serves(x.scalar_type()) && std::all_of(lora_As.begin(), lora_As.end(), readable) &&
+         std::all_of(lora_Bs.begin(), lora_Bs.end(), readable);
+}
+
 at::Tensor stacked(at::TensorList lora_As, at::ScalarType dtype) {
   int64_t rank = 0;
   for (const auto& lora_A : lora_As) rank += lora_A.size(0);
@@ -83,7 +93,16 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     return fused::lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout);
   std::vector<at::Tensor> ys;
   ys.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) ys.push_back(at::linear(x, weights[i], biases.get(i)));
+  int64_t ranks = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ys.push_back(at::linear(x, weights[i], biases.get(i)));
+    ranks += lora_As[i].size(0);
+  }
+  if (uses_low_rank(x, lora_As, lora_Bs)) {
+    at::Tensor h = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
+    low_rank::forward(x, lora_As, lora_Bs, scalings, dropout, ys, h);
+    return {std::move(ys), h};
+  }
   const at::Tensor h = at::mm(dropped(x, dropout), stacked(lora_As, dtype).t());
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -108,7 +127,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
     dAs.push_back(at::empty_like(lora_As[i], at::MemoryFormat::Contiguous));
     dBs.push_back(at::empty_like(lora_Bs[i], at::MemoryFormat::Contiguous));
   }
-  {
+  const bool ours = uses_low_rank(x, lora_As, lora_Bs);
+  if (ours) {
+    low_rank::backward(dys, x, h, lora_Bs, scalings, dropout, g, dAs, dBs);
+  } else {
     const at::Tensor x_hat = dropped(x, dropout), h_narrow = h.to(dtype);
     int64_t column = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
@@ -124,7 +146,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
 
   at::Tensor dx = at::mm(dys[0], weights[0]);
   for (size_t i = 1; i < weights.size(); ++i) dx.addmm_(dys[i], weights[i]);
-  if (dropout) {
+  if (ours) {
+    low_rank::add_input_gradient(g, lora_As, dropout, dx);
+  } else if (dropout) {
     masked<true>(at::mm(g, stacked(lora_As, dtype)), dx, *dropout);
   } else {
     dx.addmm_(g, stacked(lora_As, dtype));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+# From the compiler's baseline to the widest: a processor that offers one offers those before it.
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,9 +48,39 @@ def refusal(operator: str, dtype: torch.dtype) -> str | None:
     if reason is None and operator == "range_attention":
         if dtype != torch.bfloat16:
             return f"its attention has no {dtype}"
-        if not features()["avx512_bf16"]:
-            return "its attention needs a processor with AVX512-BF16"
+        if instruction_set() != "avx512_bf16":
+            return f"its attention needs AVX512-BF16, and the instruction set in use is {instruction_set()}"
     return reason
+
+
+def wrong_wish() -> str | None:
+    """What is wrong with ``ALETHEIA_CPU_ISA``, which forces an instruction set; None when nothing is."""
+    if os.environ.get("ALETHEIA_CPU_ISA") and unavailable_reason() is None:
+        try:
+            instruction_set()
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set that the LoRA and attention operators run on, read from the environment at every call.
+
+    That is the widest that the processor offers, or the one that ``ALETHEIA_CPU_ISA`` names; an empty string stands for
+    the variable that is not set. The base products belong to the vendor library, which chooses its own.
+
+    Raises:
+        RuntimeError: the variable names no instruction set, or one that this processor lacks.
+    """
+    return torch.ops.aletheia_cpu.instruction_set()
+
+
+def offered_instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that ``ALETHEIA_CPU_ISA`` may name here, from the baseline to the widest; none without the
+    extension."""
+    if unavailable_reason() is not None:
+        return ()
+    return INSTRUCTION_SETS[: torch.ops.aletheia_cpu.features() + 1]
 
 
 def features() -> dict[str, bool]:
@@ -57,9 +90,7 @@ def features() -> dict[str, bool]:
             "avx512": torch.cpu._is_avx512_supported(),
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         }
-    names = ("avx2", "avx512f", "avx512_bf16")
-    bits = torch.ops.aletheia_cpu.features()
-    return {name: bool(bits >> i & 1) for i, name in enumerate(names)}
+    return {name: name in offered_instruction_sets() for name in INSTRUCTION_SETS[1:]}
 
 
 def operators() -> Any:

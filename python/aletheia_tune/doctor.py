@@ -12,9 +12,10 @@ from aletheia_tune.environment import versions
 def examine(console: Console) -> bool:
     """Print the state of this installation on this machine; whether every operator passed its self-test."""
     console.print(_pairs("installed", versions()))
-    console.print(
-        _pairs("processor", {name: "yes" if there else "no" for name, there in cpu.features().items()})
-    )
+    processor = {name: "yes" if there else "no" for name, there in cpu.features().items()}
+    if cpu.unavailable_reason() is None and cpu.wrong_wish() is None:
+        processor["instruction set in use"] = cpu.instruction_set()
+    console.print(_pairs("processor", processor))
     try:
         choices = backends.explain()
         results = {result.operator: result for result in selftest.run()}

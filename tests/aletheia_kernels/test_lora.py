@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
-from aletheia_kernels import lora_group
+from aletheia_kernels import cpu, lora_group
 from aletheia_kernels.backends import BackendError
 from aletheia_kernels.reference import philox
 
@@ -20,6 +20,16 @@ SETTINGS = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+# The reference, and the compiled operators on every instruction set that this processor offers.
+CASES = ["reference", *(f"cpu-{name}" for name in cpu.offered_instruction_sets())]
+
+
+@pytest.fixture(params=CASES)
+def every_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _, instruction_set = request.param.partition("-")
+    monkeypatch.setenv("ALETHEIA_BACKEND", name)
+    monkeypatch.setenv("ALETHEIA_CPU_ISA", instruction_set)
 
 
 @dataclass
@@ -123,14 +133,14 @@ projections = st.lists(
 @example(
     tokens=129, in_features=65, group=[(33, 8, True), (17, 64, False), (17, 16, False)], dropout_p=0.1, seed=2
 )
-def test_equals_the_definition(backend, two_times_rule, dtype, tokens, in_features, group, dropout_p, seed):
+def test_equals_the_definition(every_set, two_times_rule, dtype, tokens, in_features, group, dropout_p, seed):
     case = Case.draw(tokens, in_features, group, dtype, dropout_p, seed)
     ours, plain, exact = case.ours(dtype), case.plain(dtype), case.plain(torch.float64)
     for name in exact:
         two_times_rule(name, ours[name], plain[name], exact[name])
 
 
-def test_wide_master_adapters_get_gradients_in_their_own_dtype(backend, two_times_rule):
+def test_wide_master_adapters_get_gradients_in_their_own_dtype(every_set, two_times_rule):
     case = Case.draw(64, 96, [(80, 8, True), (48, 64, False)], torch.bfloat16, dropout_p=0.1)
     ours = case.ours(torch.bfloat16, adapters=torch.float32)
     plain, exact = case.plain(torch.bfloat16), case.plain(torch.float64)
@@ -140,7 +150,7 @@ def test_wide_master_adapters_get_gradients_in_their_own_dtype(backend, two_time
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_strided_operands(backend, two_times_rule, dtype):
+def test_strided_operands(every_set, two_times_rule, dtype):
     case = Case.draw(70, 48, [(24, 5, True), (56, 11, False)], dtype)
     plain, exact = case.plain(dtype), case.plain(torch.float64)
 
@@ -223,7 +233,7 @@ def test_opcheck(backend, dtype, dropout_p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_compiles_as_one_graph(backend, dtype):
+def test_compiles_as_one_graph(every_set, dtype):
     case = Case.draw(12, 16, [(8, 3, True), (10, 5, False)], dtype, dropout_p=0.2)
 
     def run(x, a0, a1, b0, b1):
@@ -275,7 +285,7 @@ def test_philox_known_answers():
     assert [f"{word:08x}" for word in words.tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
-def test_no_operand_is_written_to(backend):
+def test_no_operand_is_written_to(every_set):
     case = Case.draw(20, 24, [(16, 4, True), (12, 7, True)], torch.float32, dropout_p=0.2)
     operands = [case.x, *case.weights, *case.biases, *case.lora_As, *case.lora_Bs, *case.dys, case.seed]
     before = [t.clone() for t in operands]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,6 +221,17 @@ def test_doctor_says_why_a_forced_backend_cannot_serve(run, monkeypatch):
     ran = run("doctor")
     assert ran.code == 1
     assert "abacus" in ran.out
+
+
+def test_doctor_names_the_instruction_set_in_use(run, monkeypatch):
+    monkeypatch.setenv("ALETHEIA_CPU_ISA", "default")
+    ran = run("doctor")
+    assert ran.code == 0, ran
+    assert re.search(r"instruction set in use\W+default", ran.out)
+    monkeypatch.setenv("ALETHEIA_CPU_ISA", "avx1024")
+    ran = run("doctor")
+    assert ran.code == 1
+    assert "'avx1024' names no instruction set" in ran.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,64 @@
+#include "instruction_set.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace aletheia {
+namespace {
+
+constexpr InstructionSet kSets[] = {
+    InstructionSet::kDefault, InstructionSet::kAvx2, InstructionSet::kAvx512, InstructionSet::kAvx512Bf16};
+
+InstructionSet detect() {
+#ifdef ALETHEIA_X86_SETS
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return InstructionSet::kDefault;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    return InstructionSet::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? InstructionSet::kAvx512Bf16 : InstructionSet::kAvx512;
+#else
+  return InstructionSet::kDefault;
+#endif
+}
+
+std::string offered_names() {
+  std::string names;
+  for (const InstructionSet set : kSets)
+    if (set <= offered_instruction_set()) names += (names.empty() ? "" : ", ") + std::string(name_of(set));
+  return names;
+}
+
+}  // namespace
+
+const char* name_of(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kAvx2: return "avx2";
+    case InstructionSet::kAvx512: return "avx512";
+    case InstructionSet::kAvx512Bf16: return "avx512_bf16";
+    default: return "default";
+  }
+}
+
+InstructionSet offered_instruction_set() {
+  static const InstructionSet offered = detect();
+  return offered;
+}
+
+InstructionSet instruction_set() {
+  const char* wish = std::getenv("ALETHEIA_CPU_ISA");
+  if (wish == nullptr || *wish == '\0') return offered_instruction_set();
+  for (const InstructionSet set : kSets)
+    if (std::strcmp(wish, name_of(set)) == 0) {
+      TORCH_CHECK(
+          set <= offered_instruction_set(), "ALETHEIA_CPU_ISA=", wish, ": this processor offers ", offered_names());
+      return set;
+    }
+  TORCH_CHECK(
+      false, "ALETHEIA_CPU_ISA='", wish, "' names no instruction set: this processor offers ", offered_names());
+}
+
+}  // namespace aletheia

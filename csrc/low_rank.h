@@ -1,0 +1,34 @@
+// The low-rank half of a LoRA group: everything around the base product.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "philox.h"
+
+namespace aletheia {
+
+namespace low_rank {
+
+// Whether to call the functions below for x in this dtype. They run on the instruction set in use.
+bool serves(at::ScalarType dtype);
+
+// h [tokens, Σ r_i] float32 = dropout(x) Aᵀ, and y_i += s_i h_i B_iᵀ.
+void forward(
+    const at::Tensor& x, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
+    const std::optional<Dropout>& dropout, at::TensorList ys, at::Tensor& h);
+
+// g [tokens, Σ r_i] in x's dtype = s_i dy_i B_i side by side, dA_i and dB_i, in one pass over every dy and x.
+void backward(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList lora_Bs,
+    at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, at::Tensor& g, at::TensorList dAs,
+    at::TensorList dBs);
+
+// dx += mask ⊙ (g A) / (1 - p), for A the stacked lora_As.
+void add_input_gradient(
+    const at::Tensor& g, at::TensorList lora_As, const std::optional<Dropout>& dropout, at::Tensor& dx);
+
+}  // namespace low_rank
+}  // namespace aletheia
