@@ -1,6 +1,7 @@
 """Operators for LoRA fine-tuning that trains only what the task needs. Depends on torch alone."""
 
 from aletheia_kernels import backends
+from aletheia_kernels.allocator import tune_allocator
 from aletheia_kernels.attention import range_attention
 from aletheia_kernels.cross_entropy import linear_cross_entropy
 from aletheia_kernels.grad_norm import (
@@ -18,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_group",
     "range_attention",
+    "tune_allocator",
     "weight_grad_norm_sq",
     "weight_grad_norm_sq_sketch",
 ]
