@@ -1,10 +1,11 @@
 # make run    the main job: probe, plan, train SmolLM2-135M beside uniform PEFT LoRA; writes runs/demo
 # make test   linters, types, import contract, tests
+# make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test install clean
+.PHONY: run test bench install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -14,6 +15,11 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+bench: install
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench.json --benchmark-max-time=0.5 --benchmark-warmup=on \
+	  --benchmark-warmup-iterations=1 --benchmark-sort=mean --benchmark-columns=min,median,iqr,rounds
 
 install: $(INSTALLED)
 
