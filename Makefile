@@ -1,13 +1,14 @@
 # make run    the main job: probe, plan, train SmolLM2-135M beside uniform PEFT LoRA; writes runs/demo
 # make test   linters, types, import contract, tests
 # make sanitize   the operators' tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
 
-.PHONY: run test sanitize install clean
+.PHONY: run test bench sanitize install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -28,6 +29,11 @@ sanitize: install
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED):python HF_HUB_OFFLINE=1 $(BIN)/python -P -m pytest tests/aletheia_kernels
+
+bench: install
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench.json --benchmark-max-time=0.5 --benchmark-warmup=on \
+	  --benchmark-warmup-iterations=1 --benchmark-sort=mean --benchmark-columns=min,median,iqr,rounds
 
 install: $(INSTALLED)
 

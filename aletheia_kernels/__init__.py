@@ -1,6 +1,7 @@
 """Operators for LoRA fine-tuning that trains only what the task needs. Depends on torch alone."""
 
 from aletheia_kernels import backends
+from aletheia_kernels.allocator import tune_allocator
 from aletheia_kernels.attention import range_attention
 from aletheia_kernels.cross_entropy import linear_cross_entropy
 from aletheia_kernels.gated_mlp import lora_gated_mlp
@@ -20,6 +21,7 @@ __all__ = [
     "lora_gated_mlp",
     "lora_group",
     "range_attention",
+    "tune_allocator",
     "weight_grad_norm_sq",
     "weight_grad_norm_sq_sketch",
 ]

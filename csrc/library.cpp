@@ -18,6 +18,7 @@ std::string instruction_set() { return aletheia::name_of(aletheia::instruction_s
 TORCH_LIBRARY(aletheia_cpu, m) {
   m.def("features() -> int", &features);
   m.def("instruction_set() -> str", &instruction_set);
+  m.def("tune_allocator() -> bool", &aletheia::tune_allocator);
   m.def(
       "lora_group_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs,"
       " float[] scalings, float dropout_p, Tensor? seed) -> (Tensor[], Tensor)");
@@ -37,7 +38,7 @@ TORCH_LIBRARY(aletheia_cpu, m) {
   m.def("bias_grad_norm_sq(Tensor dy) -> Tensor");
   m.def(
       "linear_cross_entropy_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, float softcap,"
-      " bool needs_dh) -> (Tensor, Tensor)");
+      " float label_smoothing, bool needs_dh) -> (Tensor, Tensor)");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, float scale) -> (Tensor, Tensor)");
   m.def(

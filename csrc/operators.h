@@ -12,6 +12,9 @@ namespace aletheia {
 // The dtype that sums are carried in.
 inline at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
+// Whether malloc took the settings.
+bool tune_allocator();
+
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
@@ -42,7 +45,7 @@ at::Tensor bias_grad_norm_sq(const at::Tensor& dy);
 
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     const at::Tensor& h, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& labels,
-    double softcap, bool needs_dh);
+    double softcap, double label_smoothing, bool needs_dh);
 
 std::tuple<at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& first, const at::Tensor& last,

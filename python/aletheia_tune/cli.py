@@ -14,7 +14,7 @@ from aletheia_tune.errors import UserError
 
 # What needs torch is imported inside the commands: --help should not wait for it.
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from aletheia_tune.data import Examples, Fields
 
@@ -95,6 +95,9 @@ Accumulation = Annotated[
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 ScheduleOption = Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")]
 Warmup = Annotated[float, typer.Option(help="Warm-up: steps, or below 1 a share of all steps.")]
+Smoothing = Annotated[
+    float, typer.Option(help="Share of each label spread over the vocabulary, in training.")
+]
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
 ]
@@ -136,11 +139,10 @@ def probe(
     from aletheia_tune.data import pad_token_id
     from aletheia_tune.probe import faithful_batches
     from aletheia_tune.probe import probe as run_probe
-    from aletheia_tune.train import load_model
 
     files.check_output(out, overwrite, directory=False)
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    loaded, tokenizer = load_model(model, dtype.value)
+    loaded, tokenizer = _model(model, dtype)
     examples = _load(train, tokenizer, max_length, fields)
     if faithful:
         chosen = faithful_batches(examples)
@@ -218,6 +220,7 @@ def train(
     learning_rate: LearningRate = 2e-4,
     schedule: ScheduleOption = Schedule.linear,
     warmup: Warmup = 0.03,
+    label_smoothing: Smoothing = 0.0,
     max_length: MaxLength = 1024,
     dtype: DtypeOption = Dtype.bfloat16,
     seed: Seed = 0,
@@ -241,7 +244,7 @@ def train(
     """
     from aletheia_tune import files
     from aletheia_tune.plan import Plan
-    from aletheia_tune.train import TrainConfig, fine_tune, load_model
+    from aletheia_tune.train import TrainConfig, fine_tune
 
     files.check_output(out, overwrite)
     config = TrainConfig(
@@ -252,6 +255,7 @@ def train(
         learning_rate=learning_rate,
         schedule=schedule.value,
         warmup=warmup,
+        label_smoothing=label_smoothing,
         seed=seed,
         dtype=dtype.value,
         max_length=max_length,
@@ -263,7 +267,7 @@ def train(
     )
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
     chosen = Plan.from_json(_read(plan_file, "plan"))
-    loaded, tokenizer = load_model(model, config.dtype)
+    loaded, tokenizer = _model(model, dtype)
     examples = _load(train, tokenizer, max_length, fields)
     held_out = _load(eval_file, tokenizer, max_length, fields)
     result = fine_tune(loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite)
@@ -312,7 +316,7 @@ def race(
     from aletheia_tune.plan import Plan, uniform_plan
     from aletheia_tune.race import Arm
     from aletheia_tune.race import race as run_race
-    from aletheia_tune.train import TrainConfig, load_model
+    from aletheia_tune.train import TrainConfig
 
     files.check_output(out, overwrite)
     config = TrainConfig(
@@ -328,7 +332,7 @@ def race(
     )
     chosen = Plan.from_json(_read(plan_file, "plan"))
     text = None if other_text is None else _read(other_text, "text")
-    uniform = uniform_plan(load_model(model, config.dtype)[0], rank=rank, alpha=2 * rank)
+    uniform = uniform_plan(_model(model, dtype)[0], rank=rank, alpha=2 * rank)
     result = run_race(
         [Arm("uniform-peft", uniform, kernels=False), Arm("plan-kernels", chosen, kernels=True)],
         model,
@@ -370,6 +374,15 @@ def _fields(
     if prompt is completion is text is messages is None:
         return None
     return Fields(prompt=prompt, completion=completion, text=text, messages=messages)
+
+
+def _model(directory: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, in a process that keeps the memory of one step for the next."""
+    from aletheia_kernels import tune_allocator
+    from aletheia_tune.train import load_model
+
+    tune_allocator()
+    return load_model(directory, dtype.value)
 
 
 def _load(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, fields: Fields | None) -> Examples:

@@ -23,8 +23,8 @@ PACKAGES = (
     "safetensors",
 )
 
-# Freed activations stay with the process: returning them to the system and faulting them in again would
-# charge each step for a different history of allocations.
+# The environment's form of `aletheia_kernels.tune_allocator`, for processes whose settings must not hang on whether
+# the extension was built: arms of a benchmark that run plain torch.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",

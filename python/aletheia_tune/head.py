@@ -4,6 +4,7 @@ A causal language model usually makes logits [tokens, vocabulary] for every toke
 the loss. Inside :func:`labelled_head` the model's output embedding hands its hidden states on as they are, and the
 model's loss picks the rows that have a label and runs :func:`aletheia_kernels.linear_cross_entropy` on them, which
 never holds more than a block of logits. Whatever else the model adds to its loss (a router's auxiliary loss) stays.
+Gemma's cap on the final logits goes into the operator: the model then caps the hidden states in passing, to no effect.
 """
 
 from __future__ import annotations
@@ -37,9 +38,16 @@ class _Head:
     """What passes between the head, which hands hidden states out, and the loss, which must get those very ones."""
 
     def __init__(
-        self, head: nn.Linear, original_head: Callable[..., Tensor], original_loss: Callable[..., Tensor]
+        self,
+        head: nn.Linear,
+        original_head: Callable[..., Tensor],
+        original_loss: Callable[..., Tensor],
+        softcap: float | None,
+        label_smoothing: float,
     ):
         self.head = head
+        self.softcap = softcap
+        self.label_smoothing = label_smoothing
         self.original_head = original_head
         self.original_loss = original_loss
         self.labels_given = False
@@ -75,7 +83,7 @@ class _Head:
                 **kwargs,
             )
         hidden, self.handed_out = self.handed_out, None
-        if logits is not hidden or hidden._version != self.version:
+        if hidden._version != self.version or not self._came_through(logits, hidden):
             raise _TouchedLogits
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -88,12 +96,38 @@ class _Head:
             )
         if rows.numel() < flat.shape[0]:
             flat, targets = flat[rows], targets[rows]
-        total = linear_cross_entropy(flat, self.head.weight, targets, bias=self.head.bias)
+        total = linear_cross_entropy(
+            flat,
+            self.head.weight,
+            targets,
+            bias=self.head.bias,
+            softcap=self.softcap,
+            label_smoothing=self.label_smoothing,
+        )
         self.losses_computed += 1
         count = rows.numel() if num_items_in_batch is None else num_items_in_batch
         if isinstance(count, Tensor):
             return total / count.to(total.device)
         return total / count if count else total * math.nan
+
+    def _came_through(self, given: Tensor, hidden: Tensor) -> bool:
+        """Whether what the loss is given is what the head handed out, capped where the model caps its logits."""
+        if self.softcap is None:
+            return given is hidden
+        if given.shape != hidden.shape:
+            return False
+        # One row tells: a cap is the same for every element.
+        row, capped = (tensor.detach().reshape(-1, hidden.shape[-1])[:1] for tensor in (hidden, given))
+        return _agree(capped, _capped(row, self.softcap), hidden.dtype)
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits.double() / cap)
+
+
+def _agree(given: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
+    """Equality up to the rounding of three operations in `dtype`."""
+    return torch.allclose(given.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 class _TouchedLogits(Exception):
@@ -116,8 +150,10 @@ def _instance_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(model: Any, head: nn.Linear) -> Iterator[_Head]:
-    state = _Head(head, head.forward, model.loss_function)
+def _in_place(
+    model: Any, head: nn.Linear, softcap: float | None, label_smoothing: float = 0.0
+) -> Iterator[_Head]:
+    state = _Head(head, head.forward, model.loss_function, softcap, label_smoothing)
     original_forward = model.forward
     signature = inspect.signature(original_forward)
 
@@ -149,63 +185,93 @@ def _calibration_batch(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _obstacle(model: Any) -> str | None:
-    """Why this model's loss cannot be had from the labelled rows alone; None when it can.
+def _softcap(model: Any, head: nn.Linear, batch: dict[str, Tensor]) -> float | None:
+    """The cap that the configuration puts on the final logits, if the model does just that between head and loss.
+
+    Logits far below and far above the cap are put through it: a model's own, on a few tokens, may all be small.
+    """
+    config = getattr(model, "config", None)
+    cap = None if config is None else getattr(config.get_text_config(), "final_logit_softcapping", None)
+    if not cap:
+        return None
+    given = torch.linspace(-3 * cap, 3 * cap, head.out_features).to(head.weight)
+    received: list[Tensor] = []
+
+    def stand_in(hidden: Tensor) -> Tensor:
+        return given.expand(*hidden.shape[:-1], -1).clone()
+
+    def listen(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+        received.append(logits)
+        return logits.sum()
+
+    with _instance_attribute(head, "forward", stand_in), _instance_attribute(model, "_loss_function", listen):
+        model(**batch)
+    if len(received) != 1 or received[0].shape[-1] != head.out_features:
+        return None
+    return cap if _agree(received[0], _capped(given, cap).expand_as(received[0]), given.dtype) else None
+
+
+def _examine(model: Any) -> tuple[str | None, float | None]:
+    """Why this model's loss cannot be had from the labelled rows alone, None when it can; and the cap on its logits.
 
     Found by trying: a few tokens through the model as it is and with the head in place, under equal random numbers.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
-        return "it has no linear output embedding"
+        return "it has no linear output embedding", None
     if not hasattr(type(model), "loss_function"):
-        return "its loss function cannot be set"
+        return "its loss function cannot be set", None
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or hasattr(head, "base_layer"):
-        return "its head is hooked or adapted"
+        return "its head is hooked or adapted", None
     if any(parameter.requires_grad for parameter in head.parameters()):
-        return "its head is being trained"
+        return "its head is being trained", None
     batch = _calibration_batch(model, head.out_features)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            cap = _softcap(model, head, batch)
             state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
             expected = float(model(**batch).loss)
             torch.set_rng_state(state[0])
             for device, cuda_state in zip(devices, state[1], strict=True):
                 torch.cuda.set_rng_state(cuda_state, device)
-            with _in_place(model, head) as tried:
+            with _in_place(model, head, cap) as tried:
                 got = float(model(**batch).loss)
     except _TouchedLogits:
-        return "it changes the logits between head and loss"
+        return "it changes the logits between head and loss", None
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        return f"it cannot run a few tokens that way ({type(error).__name__}: {error})"
+        return f"it cannot run a few tokens that way ({type(error).__name__}: {error})", None
     if tried.losses_computed != 1:
-        return "it does not use its settable loss function"
+        return "it does not use its settable loss function", None
     # Head and loss are the same sums in another order: agreement to a few units of the logits' precision.
     precision = torch.finfo(head.weight.dtype).eps
     if not abs(got - expected) <= max(16 * precision, 1e-5) * max(1.0, abs(expected)):
-        return f"its loss differs ({got:.6g} against {expected:.6g})"
-    return None
+        return f"its loss differs ({got:.6g} against {expected:.6g})", None
+    return None, cap
 
 
 @contextmanager
-def labelled_head(model: nn.Module) -> Iterator[LabelledHead]:
+def labelled_head(model: nn.Module, *, label_smoothing: float = 0.0) -> Iterator[LabelledHead]:
     """Runs a causal language model's head and loss over the labelled rows only, while inside the context.
 
     Works on transformers' causal models and on such models inside PEFT, when the head is frozen, is an ``nn.Linear``
-    and feeds the model's settable loss function untouched; a few tokens are tried at entry. Otherwise the model is left
-    as it is and ``active`` is False with the reason. Inside, a call with labels returns the same loss, but hidden
-    states in place of logits; a call without labels is as it was. On exit the model is exactly as it was.
+    and feeds the model's settable loss function untouched, or capped as the configuration's
+    ``final_logit_softcapping`` says; a few tokens are tried at entry. Otherwise the model is left as it is and
+    ``active`` is False with the reason. Inside, a call with labels returns the same loss, but hidden states in place of
+    logits; a call without labels is as it was. So is ``transformers.Trainer`` with a ``label_smoothing_factor``: it
+    keeps the labels from the model and smooths the logits itself. On exit the model is exactly as it was.
 
     Args:
         model: a causal language model from transformers, bare or in PEFT.
+        label_smoothing: ε of :func:`aletheia_kernels.linear_cross_entropy`, for every loss inside.
 
     Yields:
         LabelledHead: whether the head is in place, and why not.
     """
     bare = bare_model(model)
-    reason = _obstacle(bare)
+    reason, softcap = _examine(bare)
     if reason is not None:
         yield LabelledHead(False, reason)
         return
-    with _in_place(bare, bare.get_output_embeddings()):
+    with _in_place(bare, bare.get_output_embeddings(), softcap, label_smoothing):
         yield LabelledHead(True)

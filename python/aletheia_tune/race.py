@@ -15,7 +15,7 @@ import os
 import signal
 import statistics
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -27,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers import TrainerCallback
 
+from aletheia_kernels import tune_allocator
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, Fields, load_examples, pad_token_id
-from aletheia_tune.environment import ALLOCATOR
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import Plan
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
@@ -281,7 +281,7 @@ def race(
             "eval": str(eval_path),
             "slice_steps": slice_steps,
             "other_text": extra_text_name if extra_text is not None else None,
-            "allocator": {name: os.environ.get(name, value) for name, value in ALLOCATOR.items()},
+            "allocator": "tuned" if all(done["allocator_tuned"] for done in finished) else "as it comes",
         }
         result = RaceResult(results, meta)
         files.write_text(directory / "race.json", result.to_json())
@@ -342,6 +342,8 @@ def _run_arm(task: _Task, pipe: Connection) -> None:
 
 def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
     config = task.config
+    # In every arm, PEFT's own too: which of them pays for a page twice would depend on their histories.
+    tuned = tune_allocator()
     model, tokenizer = load_model(task.model_dir, config.dtype)
     options = {"max_length": config.max_length, "fields": task.fields}
     train = load_examples(task.train_path, tokenizer, **options)  # type: ignore[arg-type]
@@ -357,6 +359,7 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
         model, tokenizer, train, held_out, task.arm.plan, config, task.out, [_Turns(pipe, task.slice_steps)]
     )
     return {
+        "allocator_tuned": tuned,
         "training": result.to_dict(),
         "perplexity_before": before,
         "perplexity_after": perplexity(result.model),
@@ -386,13 +389,12 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
     finished: dict[int, dict[str, Any]] = {}
     running: dict[int, tuple[SpawnProcess, Connection]] = {}
     try:
-        with _environment(ALLOCATOR):
-            for index, task in enumerate(tasks):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_run_arm, args=(task, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                running[index] = (process, ours)
+        for index, task in enumerate(tasks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_run_arm, args=(task, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running[index] = (process, ours)
         with _scoreboard([task.arm.name for task in tasks], show) as update:
             while running:
                 for index in list(running):
@@ -448,18 +450,6 @@ def _raise(name: str, kind: str, content: Any) -> None:
     if kind == "user":
         raise UserError(f"arm {name}: {content}")
     raise RuntimeError(f"arm {name} failed:\n{content}")
-
-
-@contextlib.contextmanager
-def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the processes started inside, where the user has not set them."""
-    added = [name for name in defaults if name not in os.environ]
-    os.environ.update({name: defaults[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ def _facts(result: RaceResult, scores: Scores) -> list[tuple[str, str]]:
             f"{scores.method}, {probe['batches']} batches of {probe['tokens']:,} tokens in all, "
             f"{probe['seconds']:.1f} s",
         ),
-        ("allocator", ", ".join(f"{name}={value}" for name, value in meta["allocator"].items())),
+        ("allocator", meta["allocator"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
     ]
 

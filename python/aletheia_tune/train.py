@@ -56,6 +56,7 @@ class TrainConfig:
         learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
         schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
         warmup: steps of linear warm-up; below 1, the share of all steps.
+        label_smoothing: share of every label that all tokens of the vocabulary divide among them, in training alone.
         seed: of the adapters' initial weights, the dropout and the order of the examples.
         dtype: of the frozen weights, "bfloat16" or "float32"; adapters are fp32 in either.
         max_length: longest example in tokens.
@@ -78,6 +79,7 @@ class TrainConfig:
     learning_rate: float = 2e-4
     schedule: str = "linear"
     warmup: float = 0.03
+    label_smoothing: float = 0.0
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_length: int = 1024
@@ -103,6 +105,10 @@ class TrainConfig:
         if not (self.warmup >= 0 and math.isfinite(self.warmup)):
             raise UserError(
                 f"warmup is {self.warmup}: give a share of the steps below 1, or a number of steps"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"label smoothing is {self.label_smoothing}: it must be at least 0 and less than 1"
             )
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
@@ -382,7 +388,10 @@ def fine_tune(
                 report = _apply_kernels(run, train_examples)
                 undo.callback(restore, peft_model)
                 attention = undo.enter_context(kernel_attention(peft_model))
-                head = undo.enter_context(labelled_head(peft_model))
+                head = undo.enter_context(labelled_head(peft_model, label_smoothing=config.label_smoothing))
+                if head.active:
+                    # The Trainer's own would keep the labels from the model and ask it for all logits.
+                    trainer.label_smoother = None
             stop = run.to_the_end(trainer, out_dir)
         if not run.worth_keeping:
             assert stop is not None
@@ -616,6 +625,7 @@ def _trainer(
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup,
         max_grad_norm=MAX_GRAD_NORM,
+        label_smoothing_factor=config.label_smoothing,
         seed=config.seed,
         # A seed of its own for the order, so that it does not depend on what was drawn for the adapters' weights.
         data_seed=config.seed,

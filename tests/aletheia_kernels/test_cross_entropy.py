@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -25,7 +29,12 @@ def operands(
 
 
 def plain(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """As transformers computes it: logits in h's dtype, softcap, widened, cross entropy."""
     h = h.detach().clone().requires_grad_()
@@ -33,7 +42,7 @@ def plain(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(wide, labels, reduction="sum", label_smoothing=label_smoothing)
     return loss.detach(), torch.autograd.grad(loss, h)[0]
 
 
@@ -48,36 +57,43 @@ def plain(
     hidden=st.integers(1, 80),
     vocabulary=st.integers(2, 600),
     softcap=st.sampled_from([None, 4.0]),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
     with_bias=st.booleans(),
     seed=st.integers(0, 999),
 )
-@example(rows=0, hidden=8, vocabulary=11, softcap=None, with_bias=True, seed=0)
+@example(rows=0, hidden=8, vocabulary=11, softcap=None, label_smoothing=0.1, with_bias=True, seed=0)
+@example(rows=600, hidden=8, vocabulary=37, softcap=4.0, label_smoothing=0.1, with_bias=True, seed=0)
 def test_equals_the_definition(
-    backend, two_times_rule, dtype, rows, hidden, vocabulary, softcap, with_bias, seed
+    backend, two_times_rule, dtype, rows, hidden, vocabulary, softcap, label_smoothing, with_bias, seed
 ):
     h, weight, bias, labels = operands(rows, hidden, vocabulary, dtype, seed)
     bias = bias if with_bias else None
     leaf = h.clone().requires_grad_()
-    loss = linear_cross_entropy(leaf, weight, labels, bias=bias, softcap=softcap)
+    options = {"softcap": softcap, "label_smoothing": label_smoothing}
+    loss = linear_cross_entropy(leaf, weight, labels, bias=bias, **options)
     (dh,) = torch.autograd.grad(loss, leaf)
     wide = [t if t is None else t.double() for t in (h, weight, bias)]
-    exact_loss, exact_dh = plain(*wide, labels, softcap)
-    plain_loss, plain_dh = plain(h, weight, bias, labels, softcap)
+    exact_loss, exact_dh = plain(*wide, labels, **options)
+    plain_loss, plain_dh = plain(h, weight, bias, labels, **options)
     two_times_rule("loss", loss.detach(), plain_loss, exact_loss, computed_in=dtype)
     two_times_rule("dh", dh, plain_dh, exact_dh)
 
 
 @DTYPES
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 200.0], ids=["flat", "usual", "sharp"])
-def test_more_rows_than_a_block_and_extreme_logits(backend, two_times_rule, monkeypatch, dtype, scale):
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [(1e-3, {}), (1.0, {}), (200.0, {}), (200.0, {"softcap": 30.0, "label_smoothing": 0.1})],
+    ids=["flat", "usual", "sharp", "sharp-capped-smoothed"],
+)
+def test_more_rows_than_a_block_and_extreme_logits(backend, two_times_rule, dtype, scale, options):
     h, weight, _, labels = operands(300, 16, 49152, dtype)
-    assert reference.rows_per_block(49152) < 300
+    assert reference.ROWS < 300
     h = (h.float() * scale).to(dtype)
     leaf = h.clone().requires_grad_()
-    loss = linear_cross_entropy(leaf, weight, labels)
+    loss = linear_cross_entropy(leaf, weight, labels, **options)
     (dh,) = torch.autograd.grad(loss, leaf)
-    exact_loss, exact_dh = plain(h.double(), weight.double(), None, labels, None)
-    plain_loss, plain_dh = plain(h, weight, None, labels, None)
+    exact_loss, exact_dh = plain(h.double(), weight.double(), None, labels, **options)
+    plain_loss, plain_dh = plain(h, weight, None, labels, **options)
     two_times_rule("loss", loss.detach(), plain_loss, exact_loss, computed_in=dtype)
     two_times_rule("dh", dh, plain_dh, exact_dh)
 
@@ -91,12 +107,16 @@ def test_upstream_gradient_scales(backend):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradcheck(backend, softcap):
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_gradcheck(backend, softcap, label_smoothing):
     h, weight, bias, labels = (
         t.double() if t.is_floating_point() else t for t in operands(5, 6, 9, torch.float32)
     )
     assert torch.autograd.gradcheck(
-        lambda h: linear_cross_entropy(h, weight, labels, bias=bias, softcap=softcap), (h.requires_grad_(),)
+        lambda h: linear_cross_entropy(
+            h, weight, labels, bias=bias, softcap=softcap, label_smoothing=label_smoothing
+        ),
+        (h.requires_grad_(),),
     )
 
 
@@ -105,7 +125,7 @@ def test_operator_contract(backend, dtype):
     h, weight, bias, labels = operands(12, 8, 30, dtype)
     h.requires_grad_()
     torch.library.opcheck(
-        torch.ops.aletheia.linear_cross_entropy.default, (h, weight, bias, labels, 2.0, True)
+        torch.ops.aletheia.linear_cross_entropy.default, (h, weight, bias, labels, 2.0, 0.1, True)
     )
 
     def run(h):
@@ -133,6 +153,46 @@ def test_arguments_that_do_not_fit_are_named(backend, spoil, message):
     h, weight, labels = spoil(h, weight, labels)
     with pytest.raises(RuntimeError, match=message):
         linear_cross_entropy(h, weight, labels)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, 1.1])
+def test_smoothing_beyond_all_of_the_label_is_refused(backend, epsilon):
+    h, weight, _, labels = operands(10, 8, 30, torch.float32)
+    with pytest.raises(RuntimeError, match="label_smoothing: expected 0 <= epsilon <= 1"):
+        linear_cross_entropy(h, weight, labels, label_smoothing=epsilon)
+
+
+PEAKS = """
+import torch
+from aletheia_kernels import linear_cross_entropy, reference
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+
+torch.set_num_threads(1)
+weight = torch.randn(20_000, 8)
+print(peak())
+for blocks in (2, 8):
+    rows = blocks * reference.cross_entropy.ROWS
+    h = torch.randn(rows, 8).requires_grad_()
+    labels = torch.randint(0, 20_000, (rows,))
+    loss = linear_cross_entropy(h, weight, labels, softcap=30.0, label_smoothing=0.1)
+    assert sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors) == h.numel(), "only dh is kept"
+    print(peak())
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(backend):
+    # By default malloc hands large blocks back: what is resident is what is alive.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, env=environment
+    )
+    before, two_blocks, eight_blocks = map(int, done.stdout.split())
+    block = reference.ROWS * 20_000 * 4
+    assert two_blocks - before > block / 2, "a block of logits must show"
+    assert eight_blocks - two_blocks < block / 2
 
 
 def test_a_mean_over_rows_scales_the_gradient_exactly(backend, two_times_rule):

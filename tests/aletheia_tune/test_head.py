@@ -24,6 +24,8 @@ from transformers import (
     MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 from aletheia_tune.head import labelled_head
@@ -65,6 +67,30 @@ def gemma2() -> nn.Module:
     )
 
 
+class ScaledGemma2(Gemma2ForCausalLM):
+    """It scales its logits besides, after the cap."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        logits = self.lm_head(
+            self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        )
+        cap = self.config.final_logit_softcapping
+        logits = 1.01 * cap * torch.tanh(logits / cap)
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return type("Output", (), {"loss": loss, "logits": logits})
+
+
+def scaled_gemma2() -> nn.Module:
+    return ScaledGemma2(gemma2().config)
+
+
+def capped_in_name_only() -> nn.Module:
+    """Its configuration names a cap that its forward does not know."""
+    model = llama()
+    model.config.final_logit_softcapping = 5.0
+    return model
+
+
 def cohere() -> nn.Module:
     """It scales its logits."""
     return CohereForCausalLM(CohereConfig(**TINY, logit_scale=0.25))
@@ -78,8 +104,7 @@ def classifier() -> nn.Module:
     return BertForSequenceClassification(BertConfig(**TINY))
 
 
-WITH_HEAD = [llama, gpt2, gpt_neox, phi, mixtral]
-WITHOUT = [gemma2, cohere, masked_lm, classifier]
+WITH_HEAD = [llama, gpt2, gpt_neox, phi, mixtral, gemma2, capped_in_name_only]
 
 
 def build(builder) -> nn.Module:
@@ -152,6 +177,28 @@ def test_shifted_labels_and_another_ignored_index():
         torch.testing.assert_close(got, other)
 
 
+@pytest.mark.parametrize("builder", named([llama, gemma2]))
+def test_label_smoothing_is_torchs(builder):
+    model = build(builder)
+    batch = a_batch()
+    logits, labels = model(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+    expected = nn.functional.cross_entropy(
+        logits.reshape(-1, VOCABULARY), labels.reshape(-1), label_smoothing=0.2
+    )
+    with labelled_head(model, label_smoothing=0.2) as head:
+        assert head.active
+        torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_the_trainers_own_label_smoothing_is_as_it_was(tmp_path):
+    model = build(llama)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, report_to="none"))
+    expected = trainer.compute_loss(model, a_batch())
+    with labelled_head(model) as head:
+        assert head.active
+        torch.testing.assert_close(trainer.compute_loss(model, a_batch()), expected)
+
+
 def test_no_labelled_row_is_what_transformers_makes_of_it():
     model = build(llama)
     batch = a_batch()
@@ -218,7 +265,7 @@ def test_unlabelled_rows_make_no_logits():
 @pytest.mark.parametrize(
     ("builder", "reason"),
     [
-        pytest.param(gemma2, "changes the logits", id="softcap"),
+        pytest.param(scaled_gemma2, "changes the logits", id="softcap-and-scale"),
         pytest.param(cohere, "changes the logits", id="scale"),
         pytest.param(masked_lm, "cannot run|settable loss", id="masked-lm"),
         pytest.param(classifier, "no linear output embedding", id="classifier"),

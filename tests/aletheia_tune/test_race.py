@@ -14,7 +14,7 @@ from rich.console import Console
 from aletheia_tune import race as race_module
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
-from aletheia_tune.race import ALLOCATOR, Arm, ArmResult, RaceResult, race, text_perplexity
+from aletheia_tune.race import Arm, ArmResult, RaceResult, race, text_perplexity
 from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult, held_out_loss, load_model
 
 CONFIG = TrainConfig(
@@ -178,17 +178,6 @@ def test_only_one_arm_holds_the_baton(monkeypatch):
     assert all(log[at][0] == log[at + 1][0] for at in range(0, len(log), 2))
     assert holders == [holders[0], holders[1]] * 3
     assert holders[0] != holders[1]
-
-
-def test_allocator_settings_of_the_user_stay(monkeypatch):
-    for name in ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
-    with race_module._environment(ALLOCATOR):
-        assert os.environ["MALLOC_MMAP_MAX_"] == "7"
-        assert os.environ["MALLOC_TRIM_THRESHOLD_"] == ALLOCATOR["MALLOC_TRIM_THRESHOLD_"]
-    assert os.environ["MALLOC_MMAP_MAX_"] == "7"
-    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
 
 
 @pytest.mark.parametrize("names", [["a", "a"], [], ["a/b"], [""], [".."]])

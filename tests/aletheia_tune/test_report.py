@@ -84,7 +84,7 @@ def result(scores: Scores) -> RaceResult:
         "eval": "eval.jsonl",
         "slice_steps": 4,
         "other_text": "Shakespeare",
-        "allocator": {"MALLOC_TOP_PAD_": "1"},
+        "allocator": "tuned",
     }
     return RaceResult(arms, meta)
 

@@ -160,6 +160,17 @@ def test_kernels_give_the_losses_of_plain_peft(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
+def test_label_smoothing_is_the_trainers_with_kernels_and_without(tune, tmp_path):
+    sharp = tune(tmp_path / "sharp")
+    config = dataclasses.replace(CONFIG, label_smoothing=0.2)
+    ours = tune(tmp_path / "ours", config)
+    plain = tune(tmp_path / "plain", dataclasses.replace(config, kernels=False))
+    assert ours.head == "labelled rows"
+    assert [r.loss for r in ours.history] == pytest.approx([r.loss for r in plain.history], rel=1e-4)
+    assert ours.history[-1].loss != pytest.approx(sharp.history[-1].loss, rel=1e-2)
+    assert ours.eval_loss_before == sharp.eval_loss_before, "held-out loss is never smoothed"
+
+
 def test_the_seed_alone_decides(tune, tmp_path):
     again = [tune(tmp_path / name, plan=plan_on((2, 3), dropout=0.2)) for name in ("first", "second")]
     assert_same_adapter(tmp_path / "first", tmp_path / "second")
@@ -366,6 +377,7 @@ def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path
         ({"learning_rate": 0.0}, "learning rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning rate is nan"),
         ({"warmup": -1.0}, "warmup is -1.0"),
+        ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
         ({"schedule": "cosinus"}, "schedule 'cosinus' is unknown"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
     ],
