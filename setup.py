@@ -29,7 +29,12 @@ else:
             CppExtension(
                 "aletheia_kernels._C",
                 sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-                extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall"],
+                extra_compile_args=[
+                    *("-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall"),
+                    # Without OpenMP at::parallel_for is a plain loop. Compiled for and not linked: the symbols are then
+                    # those of the runtime that torch brings, whose threads torch.set_num_threads governs.
+                    *(["-fopenmp"] if sys.platform == "linux" else []),
+                ],
             )
         ],
         "cmdclass": {"build_ext": OptionalBuild},
