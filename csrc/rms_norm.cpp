@@ -16,17 +16,23 @@ namespace {
 
 // Independent partial sums of a row: enough to hide the latency of an addition in any instruction set.
 constexpr int64_t kLanes = 32;
+// Rows summed before the first of them is used: the processor sums one while it waits for another's root.
+constexpr int64_t kRowsAhead = 4;
 // Elements that are worth waking another thread for.
 constexpr int64_t kGrain = 16384;
 // The weight's gradient is summed by chunks of rows whose number depends on the rows alone, then chunk by chunk: the
 // same sum on any number of threads.
 constexpr int64_t kMaxChunks = 128, kMinChunkRows = 16;
 
-template <typename W>
+// A template, so that every round has a length the compiler knows: rounds of a loop go through memory.
+template <int64_t kCount, typename W>
 inline W folded(W* lanes) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+  if constexpr (kCount == 1) {
+    return lanes[0];
+  } else {
+    for (int64_t lane = 0; lane < kCount / 2; ++lane) lanes[lane] += lanes[lane + kCount / 2];
+    return folded<kCount / 2>(lanes);
+  }
 }
 
 template <typename T, bool kRoundsFirst>
@@ -35,20 +41,28 @@ ALETHEIA_CLONES void forward_rows(
     int64_t features, Wide<T> eps) {
   using W = Wide<T>;
   const int64_t whole = features / kLanes * kLanes;
-  for (int64_t row = 0; row < rows; ++row, x += features, y += features) {
-    W lanes[kLanes] = {};
-    for (int64_t i = 0; i < whole; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const W value = to_wide(x[i + lane]);
-        lanes[lane] += value * value;
+  for (int64_t start = 0; start < rows; start += kRowsAhead) {
+    const int64_t end = std::min(start + kRowsAhead, rows);
+    for (int64_t row = start; row < end; ++row) {
+      const T* values = x + row * features;
+      W lanes[kLanes] = {};
+      for (int64_t i = 0; i < whole; i += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const W value = to_wide(values[i + lane]);
+          lanes[lane] += value * value;
+        }
+      for (int64_t i = whole; i < features; ++i) lanes[i - whole] += to_wide(values[i]) * to_wide(values[i]);
+      rstd[row] = W{1} / std::sqrt(folded<kLanes>(lanes) / static_cast<W>(features) + eps);
+    }
+    for (int64_t row = start; row < end; ++row) {
+      const T* values = x + row * features;
+      T* __restrict out = y + row * features;
+      const W r = rstd[row];
+      for (int64_t i = 0; i < features; ++i) {
+        W normalised = to_wide(values[i]) * r;
+        if constexpr (kRoundsFirst) normalised = to_wide(from_wide<T>(normalised));
+        out[i] = from_wide<T>(normalised * factor[i]);
       }
-    for (int64_t i = whole; i < features; ++i) lanes[i - whole] += to_wide(x[i]) * to_wide(x[i]);
-    const W r = W{1} / std::sqrt(folded(lanes) / static_cast<W>(features) + eps);
-    rstd[row] = r;
-    for (int64_t i = 0; i < features; ++i) {
-      W normalised = to_wide(x[i]) * r;
-      if constexpr (kRoundsFirst) normalised = to_wide(from_wide<T>(normalised));
-      y[i] = from_wide<T>(normalised * factor[i]);
     }
   }
 }
@@ -60,21 +74,32 @@ ALETHEIA_CLONES void backward_rows(
     T* __restrict dx, Wide<T>* __restrict dweight, int64_t rows, int64_t features) {
   using W = Wide<T>;
   const int64_t whole = features / kLanes * kLanes;
-  for (int64_t row = 0; row < rows; ++row, x += features, dy += features) {
-    const W r = rstd[row];
-    if constexpr (kInput) {
-      W lanes[kLanes] = {};
-      for (int64_t i = 0; i < whole; i += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          lanes[lane] += to_wide(dy[i + lane]) * factor[i + lane] * to_wide(x[i + lane]);
-      for (int64_t i = whole; i < features; ++i) lanes[i - whole] += to_wide(dy[i]) * factor[i] * to_wide(x[i]);
-      const W along = folded(lanes) * r * r / static_cast<W>(features);
-      for (int64_t i = 0; i < features; ++i)
-        dx[i] = from_wide<T>(r * (to_wide(dy[i]) * factor[i] - to_wide(x[i]) * along));
-      dx += features;
+  for (int64_t start = 0; start < rows; start += kRowsAhead) {
+    const int64_t end = std::min(start + kRowsAhead, rows);
+    W along[kRowsAhead];
+    if constexpr (kInput)
+      for (int64_t row = start; row < end; ++row) {
+        const T *given = dy + row * features, *values = x + row * features;
+        W lanes[kLanes] = {};
+        for (int64_t i = 0; i < whole; i += kLanes)
+          for (int64_t lane = 0; lane < kLanes; ++lane)
+            lanes[lane] += to_wide(given[i + lane]) * factor[i + lane] * to_wide(values[i + lane]);
+        for (int64_t i = whole; i < features; ++i)
+          lanes[i - whole] += to_wide(given[i]) * factor[i] * to_wide(values[i]);
+        along[row - start] = folded<kLanes>(lanes) * rstd[row] * rstd[row] / static_cast<W>(features);
+      }
+    for (int64_t row = start; row < end; ++row) {
+      const T *given = dy + row * features, *values = x + row * features;
+      const W r = rstd[row];
+      if constexpr (kInput) {
+        T* __restrict out = dx + row * features;
+        const W share = along[row - start];
+        for (int64_t i = 0; i < features; ++i)
+          out[i] = from_wide<T>(r * (to_wide(given[i]) * factor[i] - to_wide(values[i]) * share));
+      }
+      if constexpr (kWeight)
+        for (int64_t i = 0; i < features; ++i) dweight[i] += to_wide(given[i]) * to_wide(values[i]) * r;
     }
-    if constexpr (kWeight)
-      for (int64_t i = 0; i < features; ++i) dweight[i] += to_wide(dy[i]) * to_wide(x[i]) * r;
   }
 }
 
@@ -120,8 +145,9 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
     const W *scale = factor.const_data_ptr<W>(), *reciprocal = reciprocals.const_data_ptr<W>();
     scalar_t* to = needs_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr;
     W* sums = needs_dweight ? partial.mutable_data_ptr<W>() : nullptr;
-    const auto serve = needs_dx ? (needs_dweight ? backward_rows<scalar_t, true, true> : backward_rows<scalar_t, true, false>)
-                                : backward_rows<scalar_t, false, true>;
+    const auto serve = !needs_dx       ? backward_rows<scalar_t, false, true>
+                       : needs_dweight ? backward_rows<scalar_t, true, true>
+                                       : backward_rows<scalar_t, true, false>;
     if (!needs_dx && !needs_dweight) return;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, features * chunk));
     at::parallel_for(0, chunks, grain, [&](int64_t a, int64_t b) {
