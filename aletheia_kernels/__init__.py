@@ -12,6 +12,8 @@ from aletheia_kernels.grad_norm import (
     weight_grad_norm_sq_sketch,
 )
 from aletheia_kernels.lora import lora_group
+from aletheia_kernels.rms_norm import rms_norm
+from aletheia_kernels.rotary import rotary
 
 __all__ = [
     "backends",
@@ -21,6 +23,8 @@ __all__ = [
     "lora_gated_mlp",
     "lora_group",
     "range_attention",
+    "rms_norm",
+    "rotary",
     "tune_allocator",
     "weight_grad_norm_sq",
     "weight_grad_norm_sq_sketch",

@@ -24,6 +24,8 @@ OPERATORS = (
     "bias_grad_norm_sq",
     "linear_cross_entropy",
     "range_attention",
+    "rms_norm",
+    "rotary",
 )
 NAMES = ("reference", "cpu", "triton")
 

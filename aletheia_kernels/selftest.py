@@ -118,6 +118,36 @@ def _attention(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return run(dtype, operator), run(torch.float64, plain)
 
 
+def _rms_norm(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    x, weight, dy = torch.randn(41, 70).to(dtype), torch.randn(70).to(dtype), torch.randn(41, 70).to(dtype)
+
+    def run(as_dtype: torch.dtype, norm: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.to(as_dtype, copy=True).requires_grad_() for t in (x, weight)]
+        y = norm(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(as_dtype))]
+
+    def operator(x: Tensor, weight: Tensor) -> Tensor:
+        return aletheia_kernels.rms_norm(x, weight, 1e-5, offset=1.0)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.rms_norm_forward(x, weight, 1e-5, 1.0, True)[0]
+
+    return run(dtype, operator), run(torch.float64, plain)
+
+
+def _rotary(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    q, k, dq, dk = (torch.randn(2, heads, 35, 24).to(dtype) for heads in (4, 2, 4, 2))
+    cos, sin = torch.randn(2, 35, 18).to(dtype), torch.randn(2, 35, 18).to(dtype)
+
+    def run(as_dtype: torch.dtype, rotate: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        leaves = [t.to(as_dtype, copy=True).requires_grad_() for t in (q, k)]
+        turned = rotate(*leaves, cos.to(as_dtype), sin.to(as_dtype))
+        grads = torch.autograd.grad(turned, leaves, [dq.to(as_dtype), dk.to(as_dtype)])
+        return [*(t.detach() for t in turned), *grads]
+
+    return run(dtype, aletheia_kernels.rotary), run(torch.float64, reference.rotary_forward)
+
+
 _CHECKS = {
     "lora_group": _lora,
     "weight_grad_norm_sq": _weight_norm,
@@ -126,6 +156,8 @@ _CHECKS = {
     "bias_grad_norm_sq": _bias,
     "linear_cross_entropy": _cross_entropy,
     "range_attention": _attention,
+    "rms_norm": _rms_norm,
+    "rotary": _rotary,
 }
 # Relative RMS error allowed: a few units in the last place of the dtype, for sums of a few hundred terms.
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

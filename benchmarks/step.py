@@ -35,7 +35,7 @@ from aletheia_tune.environment import ALLOCATOR, peak_memory_mb
 BATCH, LENGTH, RANK, RATE = 4, 512, 16, 2e-4
 UNIFORM = ("peft_fp32", "peft_bf16", "peft_compiled", "naive", "ours_uniform")
 ARMS = (*UNIFORM, "ours_upper_half", "ours_aletheia")
-FROZEN = "frozen"  # forward and input gradient, no adapter; head and attention as in our arms
+FROZEN = "frozen"  # forward and input gradient, no adapter; head, norms and attention as in our arms
 # Arms that compute the same in other orders of rounding: bf16 keeps 8 bits of a loss of a few nats.
 LOSS_TOLERANCE = 1e-2
 
@@ -43,6 +43,7 @@ LOSS_TOLERANCE = 1e-2
 PARTS = (
     ("low-rank work", ("aletheia_cpu::lora_group",)),
     ("head and loss", ("aletheia_cpu::linear_cross", "aten::_log_softmax", "aten::nll_loss")),
+    ("norms and rope", ("aletheia_cpu::rms_norm", "aletheia_cpu::rotary")),
     ("attention", ("aletheia_cpu::attention", "aten::_scaled_dot", "aten::_softmax", "aten::bmm", "aten::baddbmm")),
     ("products", ("aten::mm", "aten::addmm", "aten::linear", "mkldnn", "aten::mkldnn")),
     ("optimiser", ("Optimizer", "aten::_fused_adamw", "aten::_foreach", "aten::lerp", "aten::addc")),
@@ -103,6 +104,7 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
 
     from aletheia_tune.attention import kernel_attention
     from aletheia_tune.head import labelled_head
+    from aletheia_tune.norms import kernel_norms
     from aletheia_tune.patch import apply_kernels
     from aletheia_tune.plan import make_plan, uniform_plan
     from aletheia_tune.prefix import cut_prefix
@@ -114,6 +116,7 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
         model.requires_grad_(False)
         model.enable_input_require_grads()
         stack.enter_context(kernel_attention(model))
+        stack.enter_context(kernel_norms(model))
         stack.enter_context(labelled_head(model))
         return model, []
     if arm == "ours_aletheia":
@@ -135,6 +138,7 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
         apply_kernels(model, strict=True)
         cut_prefix(model)
         stack.enter_context(kernel_attention(model))
+        stack.enter_context(kernel_norms(model))
         stack.enter_context(labelled_head(model))
     if arm == "peft_compiled":
         model = torch.compile(model)
@@ -179,9 +183,7 @@ def breakdown(events: Any) -> dict[str, float]:
     """Self seconds of one profiled step by part; under the profiler, which itself costs some."""
     parts: dict[str, float] = defaultdict(float)
     for event in events:
-        name = next(
-            (part for part, starts in PARTS if event.key.startswith(starts)), "norms, rope, activation, other"
-        )
+        name = next((part for part, starts in PARTS if event.key.startswith(starts)), "activation, other")
         parts[name] += event.self_cpu_time_total / 1e6
     return dict(parts)
 

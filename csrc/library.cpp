@@ -44,6 +44,12 @@ TORCH_LIBRARY(aletheia_cpu, m) {
   m.def(
       "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor first, Tensor last,"
       " float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps, float offset, bool rounds_first) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool needs_dx,"
+      " bool needs_dweight) -> (Tensor, Tensor)");
+  m.def("rotary_forward(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+  m.def("rotary_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
@@ -58,4 +64,8 @@ TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
   m.impl("linear_cross_entropy_forward", &aletheia::linear_cross_entropy_forward);
   m.impl("attention_forward", &aletheia::attention_forward);
   m.impl("attention_backward", &aletheia::attention_backward);
+  m.impl("rms_norm_forward", &aletheia::rms_norm_forward);
+  m.impl("rms_norm_backward", &aletheia::rms_norm_backward);
+  m.impl("rotary_forward", &aletheia::rotary_forward);
+  m.impl("rotary_backward", &aletheia::rotary_backward);
 }

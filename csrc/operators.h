@@ -54,4 +54,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& dO, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& lse,
     const at::Tensor& first, const at::Tensor& last, double scale);
 
+std::tuple<at::Tensor, at::Tensor> rms_norm_forward(
+    const at::Tensor& x, const at::Tensor& weight, double eps, double offset, bool rounds_first);
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, double offset,
+    bool needs_dx, bool needs_dweight);
+
+std::tuple<at::Tensor, at::Tensor> rotary_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin);
+std::tuple<at::Tensor, at::Tensor> rotary_backward(
+    const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos, const at::Tensor& sin);
+
 }  // namespace aletheia

@@ -13,6 +13,8 @@ from aletheia_kernels.reference.grad_norm import (
     weight_grad_norm_sq_sketch,
 )
 from aletheia_kernels.reference.lora import lora_group_backward, lora_group_forward
+from aletheia_kernels.reference.rms_norm import rms_norm_backward, rms_norm_forward
+from aletheia_kernels.reference.rotary import rotary_backward, rotary_forward
 
 __all__ = [
     "attention_backward",
@@ -24,6 +26,10 @@ __all__ = [
     "lora_gated_mlp_forward",
     "lora_group_backward",
     "lora_group_forward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rotary_backward",
+    "rotary_forward",
     "weight_grad_norm_sq",
     "weight_grad_norm_sq_sketch",
 ]

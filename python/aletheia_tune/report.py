@@ -257,8 +257,8 @@ def _how(arm: ArmResult) -> str:
     linears = "this package's operators" if arm.kernels else "PEFT's own forward"
     prefix = arm.training.prefix_layers
     return (
-        f"{linears}; attention in training: {arm.training.attention}; head and loss over {arm.training.head}; "
-        f"layers that run without a graph: {prefix}"
+        f"{linears}; attention in training: {arm.training.attention}; norms on operators: {arm.training.norms}; "
+        f"head and loss over {arm.training.head}; layers that run without a graph: {prefix}"
     )
 
 

@@ -31,6 +31,7 @@ from aletheia_tune.data import Collator, Example, pad_token_id
 from aletheia_tune.environment import peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import LabelledHead, labelled_head
+from aletheia_tune.norms import kernel_norms
 from aletheia_tune.patch import PatchReport, apply_kernels, restore
 from aletheia_tune.prefix import cut_prefix
 
@@ -60,8 +61,9 @@ class TrainConfig:
         seed: of the adapters' initial weights, the dropout and the order of the examples.
         dtype: of the frozen weights, "bfloat16" or "float32"; adapters are fp32 in either.
         max_length: longest example in tokens.
-        kernels: run the LoRA linears and, where it serves, attention on this package's operators and the output
-            embedding on labelled rows only; otherwise PEFT's and transformers' own forwards.
+        kernels: run the LoRA linears and, where they serve, attention, RMS norms and rotary embeddings on this
+            package's operators and the output embedding on labelled rows only; otherwise PEFT's and transformers'
+            own forwards.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         eval_every: optimizer steps between evaluations; None evaluates before and after only.
         eval_batch_size: examples in one forward pass of an evaluation.
@@ -160,6 +162,7 @@ class TrainResult:
         patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
         attention: what computed attention in training, "operator" or "the model's own" and why.
+        norms: how many norms and whether the rotary embedding ran on the operators, and why not the rest.
         prefix_layers: layers that ran without an autograd graph.
         stopped: why training ended early; None when it ran to its end.
         config: the `TrainConfig` as a dictionary.
@@ -174,6 +177,7 @@ class TrainResult:
     patch_report: dict[str, Any] | None
     head: str
     attention: str
+    norms: str
     prefix_layers: int
     stopped: str | None
     config: dict[str, Any]
@@ -218,6 +222,7 @@ class TrainResult:
             "prefix_layers": self.prefix_layers,
             "head": self.head,
             "attention": self.attention,
+            "norms": self.norms,
             "peak_memory_mb": self.peak_memory_mb,
             "config": self.config,
             "versions": self.versions,
@@ -244,6 +249,7 @@ class TrainResult:
                 patch_report=values["patch_report"],
                 head=values["head"],
                 attention=values["attention"],
+                norms=values["norms"],
                 prefix_layers=values["prefix_layers"],
                 stopped=values["stopped"],
                 config=values["config"],
@@ -380,6 +386,7 @@ def fine_tune(
         report: PatchReport | None = None
         head = LabelledHead(False, "kernels are off")
         attention = KernelAttention(False, "kernels are off")
+        norms = "none: kernels are off"
         cut = cut_prefix(peft_model)
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
@@ -388,6 +395,7 @@ def fine_tune(
                 report = _apply_kernels(run, train_examples)
                 undo.callback(restore, peft_model)
                 attention = undo.enter_context(kernel_attention(peft_model))
+                norms = str(undo.enter_context(kernel_norms(peft_model)))
                 head = undo.enter_context(labelled_head(peft_model, label_smoothing=config.label_smoothing))
                 if head.active:
                     # The Trainer's own would keep the labels from the model and ask it for all logits.
@@ -404,6 +412,7 @@ def fine_tune(
             patch_report=None if report is None else _report_dict(report),
             head="labelled rows" if head.active else f"all rows: {head.reason}",
             attention="operator" if attention.active else f"the model's own: {attention.reason}",
+            norms=norms,
             prefix_layers=cut.lowest_layer or 0,
             stopped=None if stop is None else str(stop),
             config=dataclasses.asdict(config),

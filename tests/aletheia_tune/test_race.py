@@ -207,6 +207,7 @@ def arm_result(name: str, seconds: float = 1.0, **changes: Any) -> ArmResult:
         patch_report=None,
         head="all rows",
         attention="the model's own",
+        norms="none",
         prefix_layers=0,
         stopped=None,
         config=dataclasses.asdict(CONFIG),

@@ -56,6 +56,7 @@ def arm(name: str, plan: Plan, *, kernels: bool, step_seconds: float, final: flo
         patch_report=None,
         head="labelled rows" if kernels else "all rows: kernels are off",
         attention="operator" if kernels else "the model's own: kernels are off",
+        norms="9 norms and the rotary embedding" if kernels else "none: kernels are off",
         prefix_layers=0,
         stopped=None,
         config={**vars(TrainConfig(steps=STEPS, learning_rate=3e-4)), "kernels": kernels},
