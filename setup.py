@@ -27,8 +27,8 @@ else:
 
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     if sys.platform == "linux":
-        # Without OpenMP at::parallel_for is a plain loop. Compiled for and not linked: the symbols are then those of the
-        # runtime that torch brings, whose threads torch.set_num_threads governs.
+        # Without OpenMP at::parallel_for is a plain loop. Compiled for and not linked: the symbols are then those of
+        # the runtime that torch brings, whose threads torch.set_num_threads governs.
         flags.append("-fopenmp")
     link_flags: list[str] = []
     if os.environ.get("SANITIZE") == "1":  # `make sanitize`

@@ -1,6 +1,6 @@
 // Bfloat16 products over a block of rows, with what follows done on the float32 sums while they are in registers.
 //
-//   C[m, :] = epilogue(start + Σ_pieces a_piece[m, :] B_piece)      m in a block of rows, B packed in panels
+//   epilogue(start + Σ_pieces a_piece[m, :] B_piece)      m in a block of rows, B packed in panels
 //
 // A piece is one addend: a frozen weight, or a low-rank factor, so that x Wᵀ + (s h) Bᵀ or dy_1 W_1 + dy_2 W_2 + g A is
 // one sweep that writes its result once. On the shapes of small language models this reaches the rate of the vendor
@@ -52,6 +52,9 @@ struct Rows {
     wide = t.scalar_type() == at::kFloat;
     const char* data = static_cast<const char*>(t.const_data_ptr());
     for (int64_t i = 0; i < t.size(0); ++i) rows.push_back(data + i * t.stride(0) * t.element_size());
+  }
+  void prefetch(int64_t row, int64_t column) const {
+    if (row < count()) _mm_prefetch(static_cast<const char*>(rows[row]) + column * (wide ? 4 : 2), _MM_HINT_T0);
   }
   // 32 elements of a row as bfloat16, zero where the mask is.
   __m512i load(int64_t row, int64_t column, __mmask32 mask) const {
@@ -116,6 +119,7 @@ class PackedB {
 
  private:
   static constexpr int64_t kUnit = kMaxPanels * kLanes;
+  static constexpr int64_t kRowsAhead = 16;  // weights come from memory, and lines this far apart from no hardware prefetch
 
   static Rows rows_of(const at::Tensor& t) {
     Rows rows;
@@ -128,8 +132,10 @@ class PackedB {
     for (int64_t pair = 0; pair < pairs; pair += kLanes) {
       const __mmask32 mask = first_pairs_of_lanes(inner_ - 2 * pair);
       __m512i block[kLanes];
-      for (int64_t n = 0; n < kLanes; ++n)
+      for (int64_t n = 0; n < kLanes; ++n) {
         block[n] = n < count ? source_.load(first + n, 2 * pair, mask) : _mm512_setzero_si512();
+        source_.prefetch(first + kLanes + n, 2 * pair);
+      }
       transpose(block);
       for (int64_t j = 0; j < std::min(kLanes, pairs - pair); ++j)
         _mm512_storeu_si512(target + (pair + j) * 2 * kLanes, block[j]);
@@ -141,6 +147,8 @@ class PackedB {
     for (int64_t k = 0; k < inner_; k += 2)
       for (int64_t column = first; column < end; column += 2 * kLanes) {
         const __mmask32 mask = first_pairs_of_lanes(end - column);
+        source_.prefetch(k + kRowsAhead, column);
+        source_.prefetch(k + kRowsAhead + 1, column);
         const __m512i even = source_.load(k, column, mask);
         const __m512i odd = k + 1 < inner_ ? source_.load(k + 1, column, mask) : _mm512_setzero_si512();
         const __m512i a = _mm512_unpacklo_epi16(even, odd), b = _mm512_unpackhi_epi16(even, odd);
@@ -226,8 +234,36 @@ inline auto tile_of(int64_t panels, int64_t rows) {
   return kTiles[panels - 1][rows > 4 ? 0 : rows == 4 ? 1 : 2];
 }
 
-// The product of one block of rows. start: per column of the packed width, or null. epilogue(row, column, mask, sum)
-// gets each register of sums once.
+// Fetches the next panels into second-level cache, a share after every strip of rows: a weight's panels come from
+// third-level cache or memory once a block of rows, and the strips in between leave the time.
+class Ahead {
+ public:
+  Ahead(const Stretch* begin, const Stretch* end, int64_t panel, int64_t last, int64_t strips)
+      : stretch_(begin), end_(end), first_(panel), panel_(panel), last_(last) {
+    int64_t lines = 0;
+    for (const Stretch* s = begin; s != end; ++s) lines += (s->inner + 1) / 2 * std::max<int64_t>(last - panel, 0);
+    share_ = (lines + strips - 1) / strips;
+  }
+  void fetch() {
+    for (int64_t i = 0; i < share_ && stretch_ != end_; ++i) {
+      _mm_prefetch(
+          reinterpret_cast<const char*>(stretch_->b + panel_ * stretch_->stride + pair_ * 2 * kLanes), _MM_HINT_T1);
+      if (++pair_ < (stretch_->inner + 1) / 2) continue;
+      pair_ = 0;
+      if (++panel_ < last_) continue;
+      panel_ = first_;
+      ++stretch_;
+    }
+  }
+
+ private:
+  const Stretch* stretch_;
+  const Stretch* const end_;
+  int64_t first_, panel_, last_, pair_ = 0, share_ = 0;
+};
+
+// The product of one block of rows. start: per column of the packed width, or null. epilogue(row, column, count, sums)
+// gets count ≤ 64 sums of a row at a time, 64-byte aligned.
 template <typename Epilogue>
 void block_product(
     const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue) {
@@ -263,32 +299,46 @@ void block_product(
       const int64_t width = std::min(kMaxPanels, panels - panel);
       // The fewer panels, the more rows it takes to keep the multipliers busy.
       static constexpr int64_t kTall[] = {12, 12, 8, 6};
+      const int64_t tall = kTall[width - 1], columns = std::min(kRow, outer - panel * kLanes);
+      Ahead ahead(begin, end, panel + kMaxPanels, std::min(panels, panel + 2 * kMaxPanels), (rows + tall - 1) / tall);
       for (int64_t row = 0, height = 0; row < rows; row += height) {
         const int64_t left = rows - row;
-        height = left >= kTall[width - 1] ? kTall[width - 1] : left >= 4 ? 4 : 1;
+        height = left >= tall && left != tall + 2 ? tall : left >= 4 ? 4 : 1;
         float* const target = sums.data() + (wait ? row * kRow : 0);
         tile_of(width, height)(begin, end, row, panel, start, sweep > 0 ? target : nullptr, target);
-        if (!last) continue;
-#pragma GCC unroll 1
-        for (int64_t m = 0; m < height; ++m)
-#pragma GCC unroll 1
-          for (int64_t p = 0; p < width; ++p) {
-            const int64_t column = (panel + p) * kLanes;
-            epilogue(row + m, column, first_lanes(outer - column), _mm512_load_ps(target + m * kRow + p * kLanes));
-          }
+        if (last)
+          for (int64_t m = 0; m < height; ++m) epilogue(row + m, panel * kLanes, columns, target + m * kRow);
+        ahead.fetch();
       }
     }
 }
 
 // Epilogues that only store.
 inline auto store_bfloat16(bf16* c, int64_t ldc) {
-  return [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-    _mm256_mask_storeu_epi16(c + row * ldc + column, mask, narrow(sum));
+  return [=](int64_t row, int64_t column, int64_t count, const float* sums) __attribute__((always_inline)) {
+    bf16* const target = c + row * ldc + column;
+    for (int64_t k = 0; k < count; k += 2 * kLanes) {
+      const __m512i both =
+          (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + k + kLanes), _mm512_load_ps(sums + k));
+      if (count - k >= 2 * kLanes)
+        _mm512_storeu_si512(target + k, both);
+      else
+        _mm512_mask_storeu_epi16(target + k, first_pairs_of_lanes(count - k), both);
+    }
   };
 }
 inline auto store_float(float* c, int64_t ldc) {
-  return [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-    _mm512_mask_storeu_ps(c + row * ldc + column, mask, sum);
+  return [=](int64_t row, int64_t column, int64_t count, const float* sums) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < count; k += kLanes)
+      _mm512_mask_storeu_ps(c + row * ldc + column + k, first_lanes(count - k), _mm512_load_ps(sums + k));
+  };
+}
+// each(position in the row-major C, mask, sums) for every register of sums.
+template <typename Each>
+inline auto for_each_register(int64_t ldc, Each each) {
+  return [=](int64_t row, int64_t column, int64_t count, const float* sums) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < count; k += kLanes)
+      each(row * ldc + column + k, first_lanes(count - k), _mm512_load_ps(sums + k));
   };
 }
 
@@ -314,10 +364,10 @@ void pair_tokens(Scratch<uint32_t>& out, const T* values, int64_t ld, int64_t to
 struct Blocks {
   int64_t rows, size, count;
   explicit Blocks(int64_t rows) : rows(rows) {
-    // As many for every thread, in whole strips, and short enough that a block's activations stay in cache.
+    // As many for every thread, in whole strips of six or four, and short enough that a block's activations stay in cache.
     const int64_t threads = at::get_num_threads(), rounds = (rows + 256 * threads - 1) / (256 * threads);
     const int64_t even = (rows + threads * rounds - 1) / std::max<int64_t>(threads * rounds, 1);
-    size = std::max<int64_t>((even + 11) / 12 * 12, 12);
+    size = std::max<int64_t>((even + 3) / 4 * 4, 12);
     count = (rows + size - 1) / size;
   }
   template <typename Body>  // body(block, first row, number of rows)

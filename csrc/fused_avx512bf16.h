@@ -76,13 +76,12 @@ struct Adapters {
   void project(size_t i, const bf16* dy, int64_t ld, int64_t tokens, const PackedB& B, bf16* g) const {
     const Piece piece{dy, ld, B.panels()};
     const __m512 s = _mm512_set1_ps(rank(i) > 0 ? scale_of_rank[offsets[i]] : 0.0f);
-    bf16* target = g + offsets[i];
-    const int64_t ldg = ranks;
+    bf16* const target = g + offsets[i];
     block_product(
         &piece, 1, tokens, rank(i), nullptr,
-        [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-          _mm256_mask_storeu_epi16(target + row * ldg + column, mask, narrow(_mm512_mul_ps(sum, s)));
-        });
+        for_each_register(ranks, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
+          _mm256_mask_storeu_epi16(target + at, mask, narrow(_mm512_mul_ps(sum, s)));
+        }));
   }
 };
 

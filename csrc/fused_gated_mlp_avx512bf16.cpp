@@ -83,15 +83,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     block_product(to_gate, 2, count, width, starts[0].data(), store_bfloat16(gate_rows, width));
     const Piece to_up[]{{rows, ld, w_up.panels()}, {scaled.data() + in.offsets[1], in.ranks, expand_up.panels()}};
     bf16* const target = product.data();
-    const int64_t columns = width;
     block_product(
         to_up, 2, count, width, starts[1].data(),
-        [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-          const int64_t at = row * columns + column;
+        for_each_register(width, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
           store(up_rows + at, mask, sum);
           const __m512 active = activate<kActivation>(load(gate_rows + at, mask)).value;
           store(target + at, mask, _mm512_mul_ps(active, widen(narrow(sum))));
-        });
+        }));
     const Piece shrunk_again{target, width, shrink_mid.panels()};
     block_product(&shrunk_again, 1, count, mid.ranks, nullptr, store_float(h_rows + in.ranks, ranks));
     mid.scale(h_rows + in.ranks, ranks, count, scaled.data());
@@ -145,17 +143,15 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
     bf16* const product_data = product.data();
     bf16* const dgate_data = dgate.data();
     bf16* const dup_data = dup.data();
-    const int64_t stride = width;
     block_product(
         to_product, 2, count, width, nullptr,
-        [=](int64_t row, int64_t column, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-          const int64_t at = row * stride + column;
+        for_each_register(width, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
           const __m512 up_lanes = load(up_rows + at, mask);
           const Activated active = activate<kActivation>(load(gate_rows + at, mask));
           store(product_data + at, mask, _mm512_mul_ps(active.value, up_lanes));
           store(dup_data + at, mask, _mm512_mul_ps(sum, active.value));
           store(dgate_data + at, mask, _mm512_mul_ps(_mm512_mul_ps(sum, up_lanes), active.slope));
-        });
+        }));
     columns.add(g_mid.data(), mid.ranks, mid.ranks, product_data, width, count, width, total + dA_mid);
 
     in.project(0, dgate_data, width, count, shrink_gate, g_in.data());
