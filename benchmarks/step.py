@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from low_rank import low_rank
 from rich.console import Console
 from rich.table import Table
 
@@ -251,68 +252,6 @@ def objection(arms: dict[str, dict[str, Any]], exact: list[float]) -> str | None
     return None
 
 
-def low_rank_seconds(model_dir: str, threads: int) -> tuple[float, float]:
-    """What adapters of rank RANK add to a step of our operators over rank 0, and what their products alone would take.
-
-    The latter at the rate that the library reaches on the base products of the same calls, in the same run.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    from aletheia_kernels import lora_gated_mlp, lora_group
-
-    torch.set_num_threads(threads)
-    config = AutoConfig.from_pretrained(model_dir)
-    hidden, ffn, tokens = config.hidden_size, config.intermediate_size, BATCH * LENGTH
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    extra = flops = base_flops = base_seconds = 0.0
-    for shapes in (
-        [(hidden, hidden), (kv, hidden), (kv, hidden)],
-        [(hidden, hidden)],
-        [(ffn, hidden)] * 2 + [(hidden, ffn)],
-    ):
-        x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
-        weights = [torch.randn(shape).bfloat16() for shape in shapes]
-
-        def call(rank: int, x: Any = x, weights: Any = weights, shapes: Any = shapes) -> Any:
-            adapters = (
-                [torch.randn(rank, inner).requires_grad_() for _, inner in shapes],
-                [torch.randn(outer, rank).requires_grad_() for outer, _ in shapes],
-            )
-            operator = lora_gated_mlp if shapes[-1][1] == ffn else lora_group
-            options = [None] * len(shapes), *adapters, [1.0] * len(shapes)
-            outputs: Any = operator(x, weights, *options)
-            outputs = outputs if isinstance(outputs, list) else [outputs]
-            gradients = [torch.randn_like(y) for y in outputs]
-
-            def run() -> None:
-                ys: Any = operator(x, weights, *options)
-                torch.autograd.backward(ys, gradients if isinstance(ys, list) else gradients[0])
-
-            return run
-
-        def products(weights: Any = weights) -> None:
-            for left, right, weight in zip(inputs, gradients, weights, strict=True):
-                torch.nn.functional.linear(left, weight)
-                right @ weight
-
-        inputs = [torch.randn(tokens, inner).bfloat16() for _, inner in shapes]
-        gradients = [torch.randn(tokens, outer).bfloat16() for outer, _ in shapes]
-        times: dict[Any, list[float]] = defaultdict(list)
-        runs = {RANK: call(RANK), 0: call(0), "base": products}
-        for _ in range(11):
-            for key, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[key].append(time.perf_counter() - start)
-        extra += statistics.median(times[RANK]) - statistics.median(times[0])
-        base_seconds += statistics.median(times["base"])
-        # Three products of the low-rank factors with each of x and dy, each of 2 · tokens · features · rank.
-        flops += sum(3 * 2 * tokens * RANK * (inner + outer) for outer, inner in shapes)
-        base_flops += sum(2 * 2 * tokens * inner * outer for outer, inner in shapes)
-    return config.num_hidden_layers * extra, config.num_hidden_layers * flops * base_seconds / base_flops
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -386,13 +325,13 @@ def main() -> int:
             "parts_s": parts.get(name),
         }
     floor = floor_seconds(options.model_dir, options.threads)
-    low_rank, low_rank_floor = low_rank_seconds(options.model_dir, options.threads)
+    adapters = low_rank(options.model_dir, options.threads, BATCH * LENGTH, RANK)
     refusal = objection(arms, exact)
     show(console, arms, floor, refusal)
     if refusal is None:
         console.print(
-            f"low-rank work of our operators {low_rank:.3f} s, {low_rank / low_rank_floor:.2f} times what its FLOPs take"
-            f" at the products' rate ({low_rank_floor:.3f} s)"
+            f"low-rank work of our operators {adapters.seconds:.3f} s: {adapters.seconds / adapters.floor_seconds:.2f}"
+            f" times its FLOPs at the products' rate ({adapters.floor_seconds:.3f} s)"
         )
     if options.json:
         frozen = arms.pop(FROZEN)
@@ -403,8 +342,8 @@ def main() -> int:
             "threads": options.threads,
             "machine": platform.processor() or platform.machine(),
             "objection": refusal,
-            "low_rank_s": low_rank,
-            "low_rank_floor_s": low_rank_floor,
+            "low_rank_s": adapters.seconds,
+            "low_rank_floor_s": adapters.floor_seconds,
             "exact_losses": exact,
             "frozen": frozen,
             "arms": arms,
