@@ -1,4 +1,4 @@
-"""What adapters add to a layer's projections over the same operators without any, beside what their products would take.
+"""What adapters add to a layer's projections over the same operators without any, beside what their products take.
 
     python benchmarks/low_rank.py runs/demo-cache/SmolLM2-135M-Instruct --rank 16
 
@@ -101,7 +101,7 @@ def low_rank(model_dir: str, threads: int, tokens: int, rank: int) -> LowRank:
             }
         )
         extra += times["adapted"] - times["bare"]
-        # Per token: two base products of 2 · in · out, six low-rank ones of which each of x's and y's features meet three.
+        # A token: two base products, and six low-rank ones, three over the input features and three over the output.
         base = sum(2 * 2 * inner * outer for outer, inner in shapes)
         adapters = sum(3 * 2 * rank * (inner + outer) for outer, inner in shapes)
         floor += times["base"] * adapters / base

@@ -37,19 +37,8 @@ BATCH, LENGTH, RANK, RATE = 4, 512, 16, 2e-4
 UNIFORM = ("peft_fp32", "peft_bf16", "peft_compiled", "naive", "ours_uniform")
 ARMS = (*UNIFORM, "ours_upper_half", "ours_aletheia")
 FROZEN = "frozen"  # forward and input gradient, no adapter; head, norms and attention as in our arms
-EXACT = (
-    "exact"  # the same training in float32 throughout: what the losses of the others are held to, not timed
-)
-LOSS_TOLERANCE = 1e-3
-
-# Where a profiled operation belongs, by the start of its name; the first that fits.
-PARTS = (
-    ("products, low-rank", ("aten::mm", "aten::addmm", "aten::linear", "mkldnn", "aten::mkldnn", "aletheia_cpu::lora")),
-    ("head and loss", ("aletheia_cpu::linear_cross", "aten::_log_softmax", "aten::nll_loss")),
-    ("norms and rope", ("aletheia_cpu::rms_norm", "aletheia_cpu::rotary")),
-    ("attention", ("aletheia_cpu::attention", "aten::_scaled_dot", "aten::_softmax", "aten::bmm", "aten::baddbmm")),
-    ("optimiser", ("Optimizer", "aten::_fused_adamw", "aten::_foreach", "aten::lerp", "aten::addc")),
-)  # fmt: skip
+# The same training in float32 throughout, not timed: what the losses of the others are held to.
+EXACT = "exact"
 
 
 def batches(model_dir: str, count: int) -> list[dict[str, Any]]:
