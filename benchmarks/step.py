@@ -39,6 +39,16 @@ ARMS = (*UNIFORM, "ours_upper_half", "ours_aletheia")
 FROZEN = "frozen"  # forward and input gradient, no adapter; head, norms and attention as in our arms
 # The same training in float32 throughout, not timed: what the losses of the others are held to.
 EXACT = "exact"
+LOSS_TOLERANCE = 1e-3
+
+# Where a profiled operation belongs, by the start of its name; the first that fits.
+PARTS = (
+    ("products, low-rank", ("aten::mm", "aten::addmm", "aten::linear", "mkldnn", "aten::mkldnn", "aletheia_cpu::lora")),
+    ("head and loss", ("aletheia_cpu::linear_cross", "aten::_log_softmax", "aten::nll_loss")),
+    ("norms and rope", ("aletheia_cpu::rms_norm", "aletheia_cpu::rotary")),
+    ("attention", ("aletheia_cpu::attention", "aten::_scaled_dot", "aten::_softmax", "aten::bmm", "aten::baddbmm")),
+    ("optimiser", ("Optimizer", "aten::_fused_adamw", "aten::_foreach", "aten::lerp", "aten::addc")),
+)  # fmt: skip
 
 
 def batches(model_dir: str, count: int) -> list[dict[str, Any]]:
