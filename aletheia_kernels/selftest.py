@@ -34,12 +34,12 @@ def _relative(given: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _lora(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    x = torch.randn(33, 70).to(dtype)
+    x = torch.randn(61, 70).to(dtype)
     weights = [torch.randn(n, 70).div(8).to(dtype) for n in (65, 48)]
     biases = [torch.randn(65).to(dtype), None]
     lora_As = [torch.randn(r, 70).div(8).to(dtype) for r in (3, 20)]
     lora_Bs = [torch.randn(n, r).div(4).to(dtype) for n, r in ((65, 3), (48, 20))]
-    dys = [torch.randn(33, n).to(dtype) for n in (65, 48)]
+    dys = [torch.randn(61, n).to(dtype) for n in (65, 48)]
     seed = torch.tensor([20260604])
 
     def run(as_dtype: torch.dtype, group: Callable[..., list[Tensor]]) -> list[Tensor]:
@@ -55,6 +55,29 @@ def _lora(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         wide_biases = [b if b is None else b.to(as_dtype) for b in biases]
         wide_weights = [w.to(as_dtype) for w in weights]
         return reference.lora_group_forward(x, wide_weights, wide_biases, As, Bs, [2.0, 0.5], 0.25, seed)[0]
+
+    return run(dtype, operator), run(torch.float64, plain)
+
+
+def _gated_mlp(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    shapes, ranks = [(65, 48), (65, 48), (30, 65)], (3, 20, 5)
+    x, dy = torch.randn(70, 48).to(dtype), torch.randn(70, 30).to(dtype)
+    weights = [torch.randn(shape).div(8).to(dtype) for shape in shapes]
+    lora_As = [torch.randn(r, inner).div(8).to(dtype) for r, (_, inner) in zip(ranks, shapes, strict=True)]
+    lora_Bs = [torch.randn(outer, r).div(4).to(dtype) for r, (outer, _) in zip(ranks, shapes, strict=True)]
+    rest = [None] * 3, [2.0, 0.5, 1.0]
+
+    def run(as_dtype: torch.dtype, mlp: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.to(as_dtype, copy=True).requires_grad_() for t in (x, *lora_As, *lora_Bs)]
+        y = mlp(leaves[0], [w.to(as_dtype) for w in weights], leaves[1:4], leaves[4:])
+        y.backward(dy.to(as_dtype))
+        return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    def operator(x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> Tensor:
+        return aletheia_kernels.lora_gated_mlp(x, weights, rest[0], As, Bs, rest[1])
+
+    def plain(x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor]) -> Tensor:
+        return reference.lora_gated_mlp_forward(x, weights, rest[0], As, Bs, rest[1], "silu")[0]
 
     return run(dtype, operator), run(torch.float64, plain)
 
@@ -150,6 +173,7 @@ def _rotary(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 
 _CHECKS = {
     "lora_group": _lora,
+    "lora_gated_mlp": _gated_mlp,
     "weight_grad_norm_sq": _weight_norm,
     "weight_grad_norm_sq_sketch": _sketch,
     "embedding_grad_norm_sq": _embedding,
