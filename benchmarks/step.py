@@ -196,33 +196,49 @@ def breakdown(events: Any) -> dict[str, float]:
     return dict(parts)
 
 
-def floor_seconds(model_dir: str, threads: int) -> float:
-    """The base products, forward and for the input, and the head's two, each at the rate the library reaches here."""
-    import torch
-    from transformers import AutoConfig
+class Floor:
+    """The base products, forward and for the input, and the head's two, at the rate that the library reaches here.
 
-    torch.set_num_threads(threads)
-    config = AutoConfig.from_pretrained(model_dir)
-    hidden, ffn, tokens = config.hidden_size, config.intermediate_size, BATCH * LENGTH
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    shapes = [(tokens, hidden, out) for out in (hidden, kv, kv, hidden, ffn, ffn)] + [(tokens, ffn, hidden)]
-    total = 0.0
-    for count, group in (
-        (config.num_hidden_layers, shapes),
-        (1, [(tokens // 2, hidden, config.vocab_size)]),
-    ):
-        for rows, inner, outer in group:
-            x, w = torch.randn(rows, inner).bfloat16(), torch.randn(outer, inner).bfloat16()
-            dy = torch.randn(rows, outer).bfloat16()
-            for product in (lambda x=x, w=w: torch.nn.functional.linear(x, w), lambda dy=dy, w=w: dy @ w):
-                product()
-                times = []
-                for _ in range(5):
-                    start = time.perf_counter()
-                    product()
-                    times.append(time.perf_counter() - start)
-                total += count * statistics.median(times)
-    return total
+    Timed between the arms' steps, so that what slows them slows it.
+    """
+
+    def __init__(self, model_dir: str, threads: int) -> None:
+        import torch
+        from transformers import AutoConfig
+
+        torch.set_num_threads(threads)
+        config = AutoConfig.from_pretrained(model_dir)
+        hidden, ffn, tokens = config.hidden_size, config.intermediate_size, BATCH * LENGTH
+        kv = hidden // config.num_attention_heads * config.num_key_value_heads
+        shapes = [(tokens, hidden, out) for out in (hidden, kv, kv, hidden, ffn, ffn)] + [
+            (tokens, ffn, hidden)
+        ]
+        self.products: list[tuple[int, Any]] = []
+        for count, group in (
+            (config.num_hidden_layers, shapes),
+            (1, [(tokens // 2, hidden, config.vocab_size)]),
+        ):
+            for rows, inner, outer in group:
+                x, w = torch.randn(rows, inner).bfloat16(), torch.randn(outer, inner).bfloat16()
+                dy = torch.randn(rows, outer).bfloat16()
+                self.products.append((count, lambda x=x, w=w: torch.nn.functional.linear(x, w)))
+                self.products.append((count, lambda dy=dy, w=w: dy @ w))
+        self.times: list[list[float]] = [[] for _ in self.products]
+
+    def take(self) -> None:
+        """One sample of every product, warm."""
+        for times, (_, product) in zip(self.times, self.products, strict=True):
+            product()
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
+
+    def seconds(self) -> float:
+        """What a step's products take, from the medians."""
+        return sum(
+            count * statistics.median(times)
+            for times, (count, _) in zip(self.times, self.products, strict=True)
+        )
 
 
 def objection(arms: dict[str, dict[str, Any]], exact: list[float]) -> str | None:
@@ -300,7 +316,9 @@ def main() -> int:
     for name in (*names, FROZEN):
         pipes[name] = start(name)
     records: dict[str, list[dict[str, float]]] = {name: [] for name in pipes}
+    floor = Floor(options.model_dir, options.threads)
     for index in range(options.steps + 1):
+        floor.take()
         for name, pipe in pipes.items():
             records[name].append(ask(pipe, index))
         console.print(f"step {index}/{options.steps} of every arm", end="\r")
@@ -323,10 +341,9 @@ def main() -> int:
             "peak_mb": peak_mb,
             "parts_s": parts.get(name),
         }
-    floor = floor_seconds(options.model_dir, options.threads)
     adapters = low_rank(options.model_dir, options.threads, BATCH * LENGTH, RANK)
     refusal = objection(arms, exact)
-    show(console, arms, floor, refusal)
+    show(console, arms, floor.seconds(), refusal)
     if refusal is None:
         console.print(
             f"low-rank work of our operators {adapters.seconds:.3f} s: {adapters.seconds / adapters.floor_seconds:.2f}"
@@ -335,7 +352,7 @@ def main() -> int:
     if options.json:
         frozen = arms.pop(FROZEN)
         result = {
-            "floor_s": floor,
+            "floor_s": floor.seconds(),
             "frozen_s": frozen["median_s"],
             "allocator": options.allocator,
             "threads": options.threads,

@@ -53,7 +53,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_ga
   const Activation activation = activation_from(activation_name);
   if (fused::serves(x))
     return fused::lora_gated_mlp_backward(
-        dy, x, gate, up, h, weights, lora_As, lora_Bs, scalings, activation, needs_dx);
+        dy, x, gate.contiguous(), up.contiguous(), h.contiguous(), weights, lora_As, lora_Bs, scalings, activation, needs_dx);
   const int64_t ranks_in = ranks_of(lora_As.slice(0, 2)), ranks_mid = lora_As[2].size(0);
   const at::Tensor active = activated(gate, activation);
   const auto [dproduct, dA_mid, dB_mid] = lora_group_backward(

@@ -114,10 +114,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
-    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList weights, at::TensorList lora_As,
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h_any, at::TensorList weights, at::TensorList lora_As,
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed,
     bool needs_dx) {
   const auto dtype = x.scalar_type();
+  const at::Tensor h = h_any.contiguous();
   const auto dropout = dropout_from(dropout_p, seed);
   if (fused::serves(x))
     return fused::lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout, needs_dx);
