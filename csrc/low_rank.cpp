@@ -222,12 +222,14 @@ void backward_in(
     const int64_t panels = rounded_up(columns, width) / width;
     return total.narrow(0, start, panels * rows * width).view({panels, rows, width});
   };
-  const at::Tensor dA = panelled(0, ranks, features).permute({1, 0, 2}).reshape({ranks, -1}).narrow(1, 0, features);
+  const at::Tensor dA =
+      panelled(0, ranks, features).permute({1, 0, 2}).reshape({ranks, rounded_up(features, width)}).narrow(1, 0, features);
   for (size_t i = 0; i < dys.size(); ++i) {
     const int64_t out = shrinks[i].inner, rank = shrinks[i].outer;
     dAs[i].copy_(dA.narrow(0, offsets[i], rank));
     dBs[i].copy_(
-        panelled(dB_starts[i], rank, out).permute({0, 2, 1}).reshape({-1, rank}).narrow(0, 0, out).mul(scalings[i]));
+        panelled(dB_starts[i], rank, out).permute({0, 2, 1}).reshape({rounded_up(out, width), rank}).narrow(0, 0, out)
+            .mul(scalings[i]));
   }
 }
 
