@@ -399,7 +399,11 @@ def show(console: Console, arms: dict[str, dict[str, Any]], floor: float, refusa
     console.print(table)
     if refusal:
         console.print(f"no speed is shown: {refusal}")
-    elif "ours_uniform" in arms:
+    elif "peft_compiled" in arms:
+        console.print(
+            f"compiling took the first step of peft_compiled {arms['peft_compiled']['first_s']:.0f} s"
+        )
+    if refusal is None and "ours_uniform" in arms:
         tax = arms["ours_uniform"]["median_s"] / arms[FROZEN]["median_s"] - 1
         console.print(f"LoRA tax of ours_uniform over the frozen model's step: {tax:.1%}")
     names = sorted({part for arm in arms.values() for part in arm["parts_s"] or {}})

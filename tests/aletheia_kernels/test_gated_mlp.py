@@ -162,6 +162,21 @@ def test_strided_operands(backend, two_times_rule, dtype):
         two_times_rule(name, ours[name], plain[name], exact[name])
 
 
+def test_one_thread_and_two_agree_and_a_run_repeats(two_times_rule):
+    case = Case.draw(700, (64, 96, 64), (8, 64, 16), torch.bfloat16)
+    exact, plain = case.plain(torch.float64), case.plain(torch.bfloat16)
+    results = {}
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        given = case.ours(torch.bfloat16, adapters=torch.float32)
+        for name in exact:
+            two_times_rule(name, given[name], plain[name], exact[name])
+            again = results.setdefault((threads, name), given[name])
+            assert torch.equal(again, given[name]), name
+    for name in ("y", "dx"):  # every row is summed by one thread, in one order
+        assert torch.equal(results[1, name], results[2, name])
+
+
 def test_keeps_gate_and_up_and_not_their_product(backend):
     case = Case.draw(64, (16, 32, 16), (2, 2, 2), torch.bfloat16)
     saved: dict[int, Tensor] = {}

@@ -171,6 +171,22 @@ def test_strided_operands(every_set, two_times_rule, dtype):
         two_times_rule(name, ours[name], plain[name], exact[name])
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_one_thread_and_two_agree_and_a_run_repeats(two_times_rule, dropout_p):
+    case = Case.draw(700, 64, [(96, 8, True), (33, 64, False), (64, 16, False)], torch.bfloat16, dropout_p)
+    exact, plain = case.plain(torch.float64), case.plain(torch.bfloat16)
+    results: dict[tuple[int, str], Tensor] = {}
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        given = case.ours(torch.bfloat16, adapters=torch.float32)
+        for name in exact:
+            two_times_rule(name, given[name], plain[name], exact[name])
+            again = results.setdefault((threads, name), given[name])
+            assert torch.equal(again, given[name]), name
+    for name in ("y[0]", "y[1]", "dx"):  # every row is summed by one thread, in one order
+        assert torch.equal(results[1, name], results[2, name])
+
+
 def test_leading_dimensions_are_kept(backend):
     case = Case.draw(24, 16, [(10, 3, False)], torch.float32)
     flat = lora_group(case.x, case.weights, [None], case.lora_As, case.lora_Bs, [1.0])[0]
