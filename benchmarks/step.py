@@ -417,4 +417,10 @@ def show(console: Console, arms: dict[str, dict[str, Any]], floor: float, refusa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (EOFError, ConnectionError):
+        # An arm keeps what it allocated, up to its peak: all of them are in memory at once.
+        sys.exit(
+            "an arm's process ended before its time, most likely killed for want of memory: give fewer --arms"
+        )

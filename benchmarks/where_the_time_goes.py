@@ -112,7 +112,7 @@ def tables(shown: list[Row], run: dict[str, Any]) -> str:
     notes = (
         f"{run['threads']} threads, {run['machine']}; median of {steps} steps. The products alone take "
         f"{run['floor_s']:.2f} s; the low-rank work of our operators takes "
-        f"{run['low_rank_s'] / run['low_rank_floor_s']:.2f} times its FLOPs at the products' rate (both timed once, after "
+        f"{run['low_rank_s'] / run['low_rank_floor_s']:.2f} times its FLOPs at the products' rate (both timed after "
         'the steps). "÷ products" and "÷ ours" compare within one run.'
     )
     columns = (
