@@ -25,9 +25,11 @@ import transformers
 from peft import PeftModel
 from rich.console import Console
 
+from aletheia_kernels import tune_allocator
 from aletheia_tune import files
 from aletheia_tune.data import Collator, batches, load_examples, pad_token_id
 from aletheia_tune.errors import UserError
+from aletheia_tune.norms import kernel_norms
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import Plan, make_plan, uniform_plan
 from aletheia_tune.probe import probe
@@ -189,17 +191,18 @@ def check_adapter(task: Task, adapter_dir: Path, trained_loss: float) -> Check:
     loaded = PeftModel.from_pretrained(model, str(adapter_dir))
     stock = logits(loaded)
     exact = logits(PeftModel.from_pretrained(load_model(task.model_dir, "float32")[0], str(adapter_dir)))
-    apply_kernels(loaded)
 
     def error(of: torch.Tensor) -> float:
         return ((of - exact).square().mean() / exact.square().mean()).sqrt().item()
 
-    return Check(
-        trained_loss=trained_loss,
-        loaded_loss=held_out_loss(loaded, held_out, collator, task.config.eval_batch_size),
-        stock_error=error(stock),
-        trained_error=error(logits(loaded)),
-    )
+    apply_kernels(loaded)
+    with kernel_norms(loaded):
+        return Check(
+            trained_loss=trained_loss,
+            loaded_loss=held_out_loss(loaded, held_out, collator, task.config.eval_batch_size),
+            stock_error=error(stock),
+            trained_error=error(logits(loaded)),
+        )
 
 
 def _probe_and_plan(task: Task, console: Console) -> tuple[Scores, Plan, Plan]:
@@ -273,6 +276,7 @@ def main() -> int:
     os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning:transformers.modeling_utils"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.modeling_utils")
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, TABLE_WIDTH))
+    tune_allocator()
     try:
         _refuse_foreign(RUNS / "demo")
         run(_smollm2_task(console), RUNS / "demo", console)
