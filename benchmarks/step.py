@@ -296,10 +296,13 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
 
+    processes: list[Any] = []
+
     def start(name: str) -> Connection:
         pipe, other = context.Pipe()
         arguments = (name, options.model_dir, options.steps, options.threads, options.allocator, other)
-        context.Process(target=serve, args=arguments, daemon=True).start()
+        processes.append(context.Process(target=serve, args=arguments, daemon=True))
+        processes[-1].start()
         pipe.recv()
         return pipe
 
@@ -341,6 +344,8 @@ def main() -> int:
             "peak_mb": peak_mb,
             "parts_s": parts.get(name),
         }
+    for process in processes:  # giving back gigabytes takes a processor, too
+        process.join()
     adapters = low_rank(options.model_dir, options.threads, BATCH * LENGTH, RANK)
     refusal = objection(arms, exact)
     show(console, arms, floor.seconds(), refusal)
