@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# What a shell runs in the background ignores interrupts, and so would what the tests start there and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run: whether the suite passes says something about the code alone. For others,
+# `pytest --hypothesis-profile=explore`.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 # Threads cost more than they bring at this size, and far more on a machine that others share.
 torch.set_num_threads(1)
