@@ -29,7 +29,8 @@ sanitize: install
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED):python HF_HUB_OFFLINE=1 $(BIN)/python -P -m pytest tests/aletheia_kernels \
-	  --deselect tests/aletheia_kernels/test_allocator.py
+	  --deselect tests/aletheia_kernels/test_allocator.py \
+	  --deselect tests/aletheia_kernels/test_cross_entropy.py::test_memory_does_not_grow_with_the_rows
 
 bench: install
 	mkdir -p runs
