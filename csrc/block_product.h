@@ -6,10 +6,15 @@
 // one sweep that writes its result once. On the shapes of small language models this reaches the rate of the vendor
 // library's product, or passes it, which is why the base product is here as well.
 //
+// Where the instruction set in use has tile registers (amx.h) they hold the sums of 32 rows of two panels; else vector
+// registers hold those of six rows of four.
+//
 // Only for translation units that check the processor first.
 #pragma once
 
+#include "amx.h"
 #include "bf16_products.h"
+#include "instruction_set.h"
 
 #ifdef ALETHEIA_AVX512BF16
 
@@ -94,15 +99,19 @@ inline void transpose(__m512i (&r)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) r[i] = t[i];
 }
 
+inline bool tile_registers_in_use() { return instruction_set() == InstructionSet::kAmxBf16; }
+
 enum class Packing { kRows, kColumns };  // the source's rows are B's rows (the inner index), or B's columns
 
-// B packed in panels, and the work of packing it cut in units that any thread may do.
+// B packed in panels, and the work of packing it cut in units that any thread may do. Panels end in zeros up to a whole
+// tile's inner indices.
 class PackedB {
  public:
   PackedB(Rows source, Packing as) : source_(std::move(source)), as_(as) {
     inner_ = as == Packing::kRows ? source_.count() : source_.length;
     outer_ = as == Packing::kRows ? source_.length : source_.count();
-    stride_ = (inner_ + 1) / 2 * 2 * kLanes;
+    padded_ = (inner_ + kTileInner - 1) / kTileInner * kTileInner;
+    stride_ = padded_ * kLanes;
     data_ = Scratch<uint16_t>((outer_ + kLanes - 1) / kLanes * stride_);
   }
   PackedB(const at::Tensor& t, Packing as) : PackedB(rows_of(t), as) {}
@@ -128,8 +137,8 @@ class PackedB {
   }
   void pack_columns(int64_t first) const {
     uint16_t* target = data_.data() + first / kLanes * stride_;
-    const int64_t count = std::min(kLanes, outer_ - first), pairs = (inner_ + 1) / 2;
-    for (int64_t pair = 0; pair < pairs; pair += kLanes) {
+    const int64_t count = std::min(kLanes, outer_ - first);
+    for (int64_t pair = 0; pair < padded_ / 2; pair += kLanes) {
       const __mmask32 mask = first_pairs_of_lanes(inner_ - 2 * pair);
       __m512i block[kLanes];
       for (int64_t n = 0; n < kLanes; ++n) {
@@ -137,19 +146,18 @@ class PackedB {
         source_.prefetch(first + kLanes + n, 2 * pair);
       }
       transpose(block);
-      for (int64_t j = 0; j < std::min(kLanes, pairs - pair); ++j)
-        _mm512_storeu_si512(target + (pair + j) * 2 * kLanes, block[j]);
+      for (int64_t j = 0; j < kLanes; ++j) _mm512_storeu_si512(target + (pair + j) * 2 * kLanes, block[j]);
     }
   }
   void pack_rows(int64_t first, int64_t end) const {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int64_t k = 0; k < inner_; k += 2)
+    for (int64_t k = 0; k < padded_; k += 2)
       for (int64_t column = first; column < end; column += 2 * kLanes) {
         const __mmask32 mask = first_pairs_of_lanes(end - column);
         source_.prefetch(k + kRowsAhead, column);
         source_.prefetch(k + kRowsAhead + 1, column);
-        const __m512i even = source_.load(k, column, mask);
+        const __m512i even = k < inner_ ? source_.load(k, column, mask) : _mm512_setzero_si512();
         const __m512i odd = k + 1 < inner_ ? source_.load(k + 1, column, mask) : _mm512_setzero_si512();
         const __m512i a = _mm512_unpacklo_epi16(even, odd), b = _mm512_unpackhi_epi16(even, odd);
         uint16_t* target = data_.data() + column / kLanes * stride_ + k * kLanes;
@@ -161,7 +169,7 @@ class PackedB {
 
   Rows source_;
   Packing as_;
-  int64_t inner_ = 0, outer_ = 0, stride_ = 0;
+  int64_t inner_ = 0, padded_ = 0, outer_ = 0, stride_ = 0;
   Scratch<uint16_t> data_;
 };
 
@@ -189,7 +197,6 @@ struct Stretch {
   const uint16_t* b;
   int64_t stride, inner;
 };
-constexpr int64_t kSweep = 2048;  // inner indices summed in registers before the sums are put aside
 
 // Sums of kRows rows of C against kPanels panels, [row][panel][lane] with room for kMaxPanels: from `before`, or else from
 // start, plus the stretches, into `after`.
@@ -262,55 +269,163 @@ class Ahead {
   int64_t first_, panel_, last_, pair_ = 0, share_ = 0;
 };
 
-// The product of one block of rows. start: per column of the packed width, or null. epilogue(row, column, count, sums)
-// gets count ≤ 64 sums of a row at a time, 64-byte aligned.
-template <typename Epilogue>
-void block_product(
-    const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue) {
+// One way to the sums of a strip of rows, [row][panel][lane] with room for kMaxPanels.
+struct VectorStrips {
+  static constexpr int64_t kSweep = 2048;  // inner indices summed in registers before the sums are put aside
+  static constexpr int64_t kPanels = kMaxPanels, kRows = 12, kInner = 2;
+
+  // The fewer panels, the more rows it takes to keep the multipliers busy.
+  static int64_t tall(int64_t panels) {
+    static constexpr int64_t kTall[] = {12, 12, 8, 6};
+    return kTall[panels - 1];
+  }
+  static int64_t height(int64_t tall, int64_t left) {
+    return left >= tall && left != tall + 2 ? tall : left >= 4 ? 4 : 1;
+  }
+  void sum(
+      const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+      const float* start, const float* before, float* after) {
+    tile_of(panels, rows)(begin, end, row, panel, start, before, after);
+  }
+};
+
+// The same in tile registers.
+struct TileStrips {
+  static constexpr int64_t kSweep = 2048;
+  static constexpr int64_t kPanels = 2, kRows = 2 * kTileRows, kInner = kTileInner;
+
+  TileRegisters registers;
+
+  static int64_t tall(int64_t) { return kRows; }
+  static int64_t height(int64_t tall, int64_t left) { return std::min(tall, left); }
+  void sum(
+      const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+      const float* start, const float* before, float* after) {
+    registers.shape(rows);
+    if (start && !before) {
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t p = 0; p < panels; ++p)
+          _mm512_store_ps(after + (m * kMaxPanels + p) * kLanes, _mm512_loadu_ps(start + (panel + p) * kLanes));
+      before = after;
+    }
+    const auto run = rows > kTileRows ? (panels == 2 ? strip<2, 2> : strip<2, 1>) : (panels == 2 ? strip<1, 2> : strip<1, 1>);
+    run(begin, end, row, panel, before, after);
+  }
+
+ private:
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+  template <int kBands, int kWidth>
+  static __attribute__((noinline)) void strip(
+      const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* before, float* after) {
+    constexpr int64_t kSumRow = kMaxPanels * kLanes, kSumBytes = kSumRow * sizeof(float), kBand = kTileRows * kSumRow;
+    const auto each_sum = [&](auto visit) __attribute__((always_inline)) {
+      visit(std::integral_constant<int, 0>{}, 0);
+      if constexpr (kWidth == 2) visit(std::integral_constant<int, 1>{}, kLanes);
+      if constexpr (kBands == 2) visit(std::integral_constant<int, 2>{}, kBand);
+      if constexpr (kBands == 2 && kWidth == 2) visit(std::integral_constant<int, 3>{}, kBand + kLanes);
+    };
+    if (before)
+      each_sum([&](auto tile, int64_t at) __attribute__((always_inline)) { tile_load<tile>(before + at, kSumBytes); });
+    else
+      each_sum([&](auto tile, int64_t) __attribute__((always_inline)) { tile_zero<tile>(); });
+    for (const Stretch* s = begin; s != end; ++s) {
+      const uint16_t* b = s->b + panel * s->stride;
+      const bf16* a = s->a + row * s->lda;
+      const int64_t row_bytes = s->lda * static_cast<int64_t>(sizeof(bf16)), band = kTileRows * s->lda, stride = s->stride;
+      for (int64_t k = 0; k < s->inner; k += kTileInner, a += kTileInner, b += kTileInner * kLanes) {
+        tile_load<6>(b, 4 * kLanes);
+        tile_load<4>(a, row_bytes);
+        tile_multiply_add<0, 4, 6>();
+        if constexpr (kWidth == 2) {
+          tile_load<7>(b + stride, 4 * kLanes);
+          tile_multiply_add<1, 4, 7>();
+        }
+        if constexpr (kBands == 2) {
+          tile_load<5>(a + band, row_bytes);
+          tile_multiply_add<2, 5, 6>();
+          if constexpr (kWidth == 2) tile_multiply_add<3, 5, 7>();
+        }
+      }
+    }
+    each_sum([&](auto tile, int64_t at) __attribute__((always_inline)) { tile_store<tile>(after + at, kSumBytes); });
+  }
+#pragma GCC pop_options
+};
+
+// The product of one block of rows by one kind of strips, which see block_product.
+template <typename Strips, typename Epilogue>
+void product_by(
+    Strips& strips, const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start,
+    Epilogue epilogue) {
   std::vector<Stretch> stretches;
   std::vector<size_t> sweeps{0};
+  std::vector<Scratch<bf16>> tails;
   int64_t held = 0;
-  for (size_t i = 0; i < count; ++i)
-    for (int64_t k = 0; k < pieces[i].b.inner;) {
-      if (held >= kSweep) {
+  for (size_t i = 0; i < count; ++i) {
+    const Piece& piece = pieces[i];
+    // What inner indices are left over from whole tiles lie between other things: they get a copy that ends in zeros, as
+    // the panels do.
+    const int64_t odd = Strips::kInner > 2 ? piece.b.inner % Strips::kInner : 0, whole = piece.b.inner - odd;
+    for (int64_t k = 0; k < whole;) {
+      if (held >= Strips::kSweep) {
         sweeps.push_back(stretches.size());
         held = 0;
       }
       // What is left after a sweep is not worth one of its own.
-      int64_t inner = std::min(pieces[i].b.inner - k, kSweep - held);
-      if (pieces[i].b.inner - k - inner < kSweep / 4) inner = pieces[i].b.inner - k;
-      inner += inner % 2 && k + inner < pieces[i].b.inner;
-      stretches.push_back({pieces[i].a + k, pieces[i].lda, pieces[i].b.data + k * kLanes, pieces[i].b.stride, inner});
+      int64_t inner = std::min(whole - k, Strips::kSweep - held);
+      if (whole - k - inner < Strips::kSweep / 4) inner = whole - k;
+      if (k + inner < whole) inner = (inner + Strips::kInner - 1) / Strips::kInner * Strips::kInner;
+      stretches.push_back({piece.a + k, piece.lda, piece.b.data + k * kLanes, piece.b.stride, inner});
       k += inner;
       held += inner;
     }
+    if (odd == 0) continue;
+    bf16* const tail = tails.emplace_back(rows * kTileInner).data();
+    for (int64_t m = 0; m < rows; ++m)
+      _mm512_storeu_si512(
+          tail + m * kTileInner, _mm512_maskz_loadu_epi16(first_pairs_of_lanes(odd), piece.a + m * piece.lda + whole));
+    stretches.push_back({tail, kTileInner, piece.b.data + whole * kLanes, piece.b.stride, kTileInner});
+    held += kTileInner;
+  }
   sweeps.push_back(stretches.size());
-  constexpr int64_t kRow = kMaxPanels * kLanes;
+  constexpr int64_t kRow = kMaxPanels * kLanes, kPanels = Strips::kPanels;
   // One strip's sums, or every row's when they wait for the next sweep.
   const bool wait = sweeps.size() > 2;
-  const Scratch<float> sums(kRow * (wait ? rows : 12));
+  const Scratch<float> sums(kRow * (wait ? rows : Strips::kRows));
 
   const int64_t panels = (outer + kLanes - 1) / kLanes;
-  for (int64_t panel = 0; panel < panels; panel += kMaxPanels)
+  for (int64_t panel = 0; panel < panels; panel += kPanels)
     for (size_t sweep = 0; sweep + 1 < sweeps.size(); ++sweep) {
       const Stretch* const begin = stretches.data() + sweeps[sweep];
       const Stretch* const end = stretches.data() + sweeps[sweep + 1];
       const bool last = sweep + 2 == sweeps.size();
-      const int64_t width = std::min(kMaxPanels, panels - panel);
-      // The fewer panels, the more rows it takes to keep the multipliers busy.
-      static constexpr int64_t kTall[] = {12, 12, 8, 6};
-      const int64_t tall = kTall[width - 1], columns = std::min(kRow, outer - panel * kLanes);
-      Ahead ahead(begin, end, panel + kMaxPanels, std::min(panels, panel + 2 * kMaxPanels), (rows + tall - 1) / tall);
+      const int64_t width = std::min(kPanels, panels - panel), tall = Strips::tall(width);
+      const int64_t columns = std::min(kPanels * kLanes, outer - panel * kLanes);
+      Ahead ahead(begin, end, panel + kPanels, std::min(panels, panel + 2 * kPanels), (rows + tall - 1) / tall);
       for (int64_t row = 0, height = 0; row < rows; row += height) {
-        const int64_t left = rows - row;
-        height = left >= tall && left != tall + 2 ? tall : left >= 4 ? 4 : 1;
+        height = Strips::height(tall, rows - row);
         float* const target = sums.data() + (wait ? row * kRow : 0);
-        tile_of(width, height)(begin, end, row, panel, start, sweep > 0 ? target : nullptr, target);
+        strips.sum(begin, end, row, height, panel, width, start, sweep > 0 ? target : nullptr, target);
         if (last)
           for (int64_t m = 0; m < height; ++m) epilogue(row + m, panel * kLanes, columns, target + m * kRow);
         ahead.fetch();
       }
     }
+}
+
+// The product of one block of rows. start: per column of the packed width, or null. epilogue(row, column, count, sums)
+// gets count ≤ 64 sums of a row at a time, 64-byte aligned.
+template <typename Epilogue>
+void block_product(
+    const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue) {
+  if (tile_registers_in_use()) {
+    TileStrips strips;
+    product_by(strips, pieces, count, rows, outer, start, epilogue);
+  } else {
+    VectorStrips strips;
+    product_by(strips, pieces, count, rows, outer, start, epilogue);
+  }
 }
 
 // Epilogues that only store.
@@ -364,10 +479,11 @@ void pair_tokens(Scratch<uint32_t>& out, const T* values, int64_t ld, int64_t to
 struct Blocks {
   int64_t rows, size, count;
   explicit Blocks(int64_t rows) : rows(rows) {
-    // As many for every thread, in whole strips of six or four, and short enough that a block's activations stay in cache.
+    // As many for every thread, in whole strips, and short enough that a block's activations stay in cache.
     const int64_t threads = at::get_num_threads(), rounds = (rows + 256 * threads - 1) / (256 * threads);
     const int64_t even = (rows + threads * rounds - 1) / std::max<int64_t>(threads * rounds, 1);
-    size = std::max<int64_t>((even + 3) / 4 * 4, 12);
+    const int64_t strip = tile_registers_in_use() ? TileStrips::kRows : 4;
+    size = std::max<int64_t>((even + strip - 1) / strip * strip, 12);
     count = (rows + size - 1) / size;
   }
   template <typename Body>  // body(block, first row, number of rows)

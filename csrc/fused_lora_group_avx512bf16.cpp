@@ -51,7 +51,7 @@ struct Input {
 bool serves(const at::Tensor& x) {
   // Packing a weight costs as much as some 20 rows of its product.
   constexpr int64_t kFewestRows = 48;
-  return instruction_set() == InstructionSet::kAvx512Bf16 && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestRows;
+  return instruction_set() >= InstructionSet::kAvx512Bf16 && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestRows;
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(

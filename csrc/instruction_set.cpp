@@ -6,11 +6,27 @@
 #include <cstring>
 #include <string>
 
+#if defined(ALETHEIA_X86_SETS) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace aletheia {
 namespace {
 
 constexpr InstructionSet kSets[] = {
-    InstructionSet::kDefault, InstructionSet::kAvx2, InstructionSet::kAvx512, InstructionSet::kAvx512Bf16};
+    InstructionSet::kDefault, InstructionSet::kAvx2, InstructionSet::kAvx512, InstructionSet::kAvx512Bf16,
+    InstructionSet::kAmxBf16};
+
+// Linux keeps the tile registers' 8 KB of state for a process that asks for it, all its threads included.
+bool tile_registers_granted() {
+#if defined(ALETHEIA_X86_SETS) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 InstructionSet detect() {
 #ifdef ALETHEIA_X86_SETS
@@ -19,7 +35,9 @@ InstructionSet detect() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
     return InstructionSet::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? InstructionSet::kAvx512Bf16 : InstructionSet::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::kAvx512;
+  const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  return tiles && tile_registers_granted() ? InstructionSet::kAmxBf16 : InstructionSet::kAvx512Bf16;
 #else
   return InstructionSet::kDefault;
 #endif
@@ -39,6 +57,7 @@ const char* name_of(InstructionSet set) {
     case InstructionSet::kAvx2: return "avx2";
     case InstructionSet::kAvx512: return "avx512";
     case InstructionSet::kAvx512Bf16: return "avx512_bf16";
+    case InstructionSet::kAmxBf16: return "amx_bf16";
     default: return "default";
   }
 }

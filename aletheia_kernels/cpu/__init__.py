@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # From the compiler's baseline to the widest: a processor that offers one offers those before it.
-INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -48,7 +48,7 @@ def refusal(operator: str, dtype: torch.dtype) -> str | None:
     if reason is None and operator == "range_attention":
         if dtype != torch.bfloat16:
             return f"its attention has no {dtype}"
-        if instruction_set() != "avx512_bf16":
+        if INSTRUCTION_SETS.index(instruction_set()) < INSTRUCTION_SETS.index("avx512_bf16"):
             return f"its attention needs AVX512-BF16, and the instruction set in use is {instruction_set()}"
     return reason
 
@@ -89,6 +89,7 @@ def features() -> dict[str, bool]:
         return {
             "avx512": torch.cpu._is_avx512_supported(),
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+            "amx_bf16": torch.cpu._is_amx_tile_supported(),
         }
     return {name: name in offered_instruction_sets() for name in INSTRUCTION_SETS[1:]}
 
