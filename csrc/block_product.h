@@ -55,8 +55,10 @@ struct Rows {
   void append(const at::Tensor& t) {
     length = t.size(1);
     wide = t.scalar_type() == at::kFloat;
-    const char* data = static_cast<const char*>(t.const_data_ptr());
-    for (int64_t i = 0; i < t.size(0); ++i) rows.push_back(data + i * t.stride(0) * t.element_size());
+    append(t.const_data_ptr(), t.stride(0) * t.element_size(), t.size(0));
+  }
+  void append(const void* data, int64_t row_bytes, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) rows.push_back(static_cast<const char*>(data) + i * row_bytes);
   }
   void prefetch(int64_t row, int64_t column) const {
     if (row < count()) _mm_prefetch(static_cast<const char*>(rows[row]) + column * (wide ? 4 : 2), _MM_HINT_T0);
@@ -107,14 +109,21 @@ enum class Packing { kRows, kColumns };  // the source's rows are B's rows (the 
 // tile's inner indices.
 class PackedB {
  public:
-  PackedB(Rows source, Packing as) : source_(std::move(source)), as_(as) {
+  PackedB(Rows source, Packing as) { reset(std::move(source), as); }
+  PackedB(const at::Tensor& t, Packing as) : PackedB(rows_of(t), as) {}
+  PackedB() = default;
+
+  // Another B in the same memory, if that is large enough.
+  void reset(Rows source, Packing as) {
+    source_ = std::move(source);
+    as_ = as;
     inner_ = as == Packing::kRows ? source_.count() : source_.length;
     outer_ = as == Packing::kRows ? source_.length : source_.count();
     padded_ = (inner_ + kTileInner - 1) / kTileInner * kTileInner;
     stride_ = padded_ * kLanes;
-    data_ = Scratch<uint16_t>((outer_ + kLanes - 1) / kLanes * stride_);
+    const int64_t size = (outer_ + kLanes - 1) / kLanes * stride_;
+    if (size > size_) data_ = Scratch<uint16_t>(size_ = size);
   }
-  PackedB(const at::Tensor& t, Packing as) : PackedB(rows_of(t), as) {}
 
   Panels panels() const { return {data_.data(), stride_, inner_, outer_}; }
   int64_t units() const { return (outer_ + kUnit - 1) / kUnit; }
@@ -168,8 +177,8 @@ class PackedB {
   }
 
   Rows source_;
-  Packing as_;
-  int64_t inner_ = 0, padded_ = 0, outer_ = 0, stride_ = 0;
+  Packing as_ = Packing::kRows;
+  int64_t inner_ = 0, padded_ = 0, outer_ = 0, stride_ = 0, size_ = 0;
   Scratch<uint16_t> data_;
 };
 
@@ -245,6 +254,7 @@ inline auto tile_of(int64_t panels, int64_t rows) {
 // third-level cache or memory once a block of rows, and the strips in between leave the time.
 class Ahead {
  public:
+  Ahead() = default;
   Ahead(const Stretch* begin, const Stretch* end, int64_t panel, int64_t last, int64_t strips)
       : stretch_(begin), end_(end), first_(panel), panel_(panel), last_(last) {
     int64_t lines = 0;
@@ -264,15 +274,18 @@ class Ahead {
   }
 
  private:
-  const Stretch* stretch_;
-  const Stretch* const end_;
-  int64_t first_, panel_, last_, pair_ = 0, share_ = 0;
+  const Stretch* stretch_ = nullptr;
+  const Stretch* end_ = nullptr;
+  int64_t first_ = 0, panel_ = 0, last_ = 0, pair_ = 0, share_ = 0;
 };
+
+constexpr int64_t kSweep = 2048;  // inner indices summed in registers before the sums are put aside
 
 // One way to the sums of a strip of rows, [row][panel][lane] with room for kMaxPanels.
 struct VectorStrips {
-  static constexpr int64_t kSweep = 2048;  // inner indices summed in registers before the sums are put aside
   static constexpr int64_t kPanels = kMaxPanels, kRows = 12, kInner = 2;
+
+  Ahead ahead;
 
   // The fewer panels, the more rows it takes to keep the multipliers busy.
   static int64_t tall(int64_t panels) {
@@ -282,43 +295,51 @@ struct VectorStrips {
   static int64_t height(int64_t tall, int64_t left) {
     return left >= tall && left != tall + 2 ? tall : left >= 4 ? 4 : 1;
   }
+  void enter(const Stretch* begin, const Stretch* end, int64_t panel, int64_t panels, int64_t rows, int64_t tall) {
+    ahead = Ahead(begin, end, panel + kPanels, std::min(panels, panel + 2 * kPanels), (rows + tall - 1) / tall);
+  }
+  template <typename Between>
   void sum(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
-      const float* start, const float* before, float* after) {
+      const float* start, const float* before, float* after, Between&) {
     tile_of(panels, rows)(begin, end, row, panel, start, before, after);
+    ahead.fetch();
   }
 };
 
 // The same in tile registers.
 struct TileStrips {
-  static constexpr int64_t kSweep = 2048;
   static constexpr int64_t kPanels = 2, kRows = 2 * kTileRows, kInner = kTileInner;
 
   TileRegisters registers;
 
   static int64_t tall(int64_t) { return kRows; }
   static int64_t height(int64_t tall, int64_t left) { return std::min(tall, left); }
+  void enter(const Stretch*, const Stretch*, int64_t, int64_t, int64_t, int64_t) {}
+  template <typename Between>
   void sum(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
-      const float* start, const float* before, float* after) {
+      const float* start, const float* before, float* after, Between& between) {
     registers.shape(rows);
     if (start && !before) {
       for (int64_t m = 0; m < rows; ++m)
         for (int64_t p = 0; p < panels; ++p)
-          _mm512_store_ps(after + (m * kMaxPanels + p) * kLanes, _mm512_loadu_ps(start + (panel + p) * kLanes));
+          _mm512_store_ps(after + (m * kPanels + p) * kLanes, _mm512_loadu_ps(start + (panel + p) * kLanes));
       before = after;
     }
-    const auto run = rows > kTileRows ? (panels == 2 ? strip<2, 2> : strip<2, 1>) : (panels == 2 ? strip<1, 2> : strip<1, 1>);
-    run(begin, end, row, panel, before, after);
+    const auto run = rows > kTileRows ? (panels == 2 ? strip<2, 2, Between> : strip<2, 1, Between>)
+                                      : (panels == 2 ? strip<1, 2, Between> : strip<1, 1, Between>);
+    run(begin, end, row, panel, before, after, between);
   }
 
  private:
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
-  template <int kBands, int kWidth>
+  template <int kBands, int kWidth, typename Between>
   static __attribute__((noinline)) void strip(
-      const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* before, float* after) {
-    constexpr int64_t kSumRow = kMaxPanels * kLanes, kSumBytes = kSumRow * sizeof(float), kBand = kTileRows * kSumRow;
+      const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* before, float* after,
+      Between& between) {
+    constexpr int64_t kSumRow = kPanels * kLanes, kSumBytes = kSumRow * sizeof(float), kBand = kTileRows * kSumRow;
     const auto each_sum = [&](auto visit) __attribute__((always_inline)) {
       visit(std::integral_constant<int, 0>{}, 0);
       if constexpr (kWidth == 2) visit(std::integral_constant<int, 1>{}, kLanes);
@@ -329,28 +350,60 @@ struct TileStrips {
       each_sum([&](auto tile, int64_t at) __attribute__((always_inline)) { tile_load<tile>(before + at, kSumBytes); });
     else
       each_sum([&](auto tile, int64_t) __attribute__((always_inline)) { tile_zero<tile>(); });
+    // The lines of the next panels that this strip fetches, a few every step: they come from third-level cache or memory
+    // once a block of rows.
+    constexpr int64_t kLine = 2 * kLanes, kFetched = 4;
+    const int64_t part = row / kRows * kFetched % (2 * kLanes);
     for (const Stretch* s = begin; s != end; ++s) {
       const uint16_t* b = s->b + panel * s->stride;
+      const uint16_t* next = b + (2 + part / kLanes) * s->stride + part % kLanes * kLine;
       const bf16* a = s->a + row * s->lda;
       const int64_t row_bytes = s->lda * static_cast<int64_t>(sizeof(bf16)), band = kTileRows * s->lda, stride = s->stride;
-      for (int64_t k = 0; k < s->inner; k += kTileInner, a += kTileInner, b += kTileInner * kLanes) {
+      for (int64_t k = 0; k < s->inner; k += kTileInner, a += kTileInner) {
         tile_load<6>(b, 4 * kLanes);
         tile_load<4>(a, row_bytes);
         tile_multiply_add<0, 4, 6>();
+        for (int64_t line = 0; line < kFetched; ++line) _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
         if constexpr (kWidth == 2) {
           tile_load<7>(b + stride, 4 * kLanes);
           tile_multiply_add<1, 4, 7>();
         }
+        between();
         if constexpr (kBands == 2) {
           tile_load<5>(a + band, row_bytes);
           tile_multiply_add<2, 5, 6>();
           if constexpr (kWidth == 2) tile_multiply_add<3, 5, 7>();
         }
+        b += kTileInner * kLanes;
+        next += kTileInner * kLanes;
       }
     }
     each_sum([&](auto tile, int64_t at) __attribute__((always_inline)) { tile_store<tile>(after + at, kSumBytes); });
   }
 #pragma GCC pop_options
+};
+
+// Sums of a strip on their way through an epilogue, which is cheapest a row at a time between a later strip's products:
+// what it stores then waits for its lines while the multipliers work.
+template <typename Epilogue>
+struct Leaving {
+  Epilogue* epilogue;
+  int64_t stride;
+  int64_t row = 0, end = 0, column = 0, columns = 0;
+  const float* sums = nullptr;
+
+  __attribute__((always_inline)) void one() {
+    (*epilogue)(row, column, columns, sums);
+    ++row;
+    sums += stride;
+  }
+  __attribute__((always_inline)) void operator()() {
+    if (row < end) one();
+    if (row < end) one();
+  }
+  void rest() {
+    while (row < end) one();
+  }
 };
 
 // The product of one block of rows by one kind of strips, which see block_product.
@@ -368,13 +421,13 @@ void product_by(
     // the panels do.
     const int64_t odd = Strips::kInner > 2 ? piece.b.inner % Strips::kInner : 0, whole = piece.b.inner - odd;
     for (int64_t k = 0; k < whole;) {
-      if (held >= Strips::kSweep) {
+      if (held >= kSweep) {
         sweeps.push_back(stretches.size());
         held = 0;
       }
       // What is left after a sweep is not worth one of its own.
-      int64_t inner = std::min(whole - k, Strips::kSweep - held);
-      if (whole - k - inner < Strips::kSweep / 4) inner = whole - k;
+      int64_t inner = std::min(whole - k, kSweep - held);
+      if (whole - k - inner < kSweep / 4) inner = whole - k;
       if (k + inner < whole) inner = (inner + Strips::kInner - 1) / Strips::kInner * Strips::kInner;
       stretches.push_back({piece.a + k, piece.lda, piece.b.data + k * kLanes, piece.b.stride, inner});
       k += inner;
@@ -389,10 +442,12 @@ void product_by(
     held += kTileInner;
   }
   sweeps.push_back(stretches.size());
-  constexpr int64_t kRow = kMaxPanels * kLanes, kPanels = Strips::kPanels;
-  // One strip's sums, or every row's when they wait for the next sweep.
+  constexpr int64_t kPanels = Strips::kPanels, kRow = kPanels * kLanes;
+  // Two strips' sums, or every row's when they wait for the next sweep.
   const bool wait = sweeps.size() > 2;
-  const Scratch<float> sums(kRow * (wait ? rows : Strips::kRows));
+  const Scratch<float> sums(kRow * (wait ? rows : 2 * Strips::kRows));
+  Leaving<Epilogue> leaving{&epilogue, kRow};
+  int64_t strip = 0;
 
   const int64_t panels = (outer + kLanes - 1) / kLanes;
   for (int64_t panel = 0; panel < panels; panel += kPanels)
@@ -402,16 +457,17 @@ void product_by(
       const bool last = sweep + 2 == sweeps.size();
       const int64_t width = std::min(kPanels, panels - panel), tall = Strips::tall(width);
       const int64_t columns = std::min(kPanels * kLanes, outer - panel * kLanes);
-      Ahead ahead(begin, end, panel + kPanels, std::min(panels, panel + 2 * kPanels), (rows + tall - 1) / tall);
-      for (int64_t row = 0, height = 0; row < rows; row += height) {
+      strips.enter(begin, end, panel, panels, rows, tall);
+      for (int64_t row = 0, height = 0; row < rows; row += height, ++strip) {
         height = Strips::height(tall, rows - row);
-        float* const target = sums.data() + (wait ? row * kRow : 0);
-        strips.sum(begin, end, row, height, panel, width, start, sweep > 0 ? target : nullptr, target);
-        if (last)
-          for (int64_t m = 0; m < height; ++m) epilogue(row + m, panel * kLanes, columns, target + m * kRow);
-        ahead.fetch();
+        float* const target = sums.data() + (wait ? row : strip % 2 * Strips::kRows) * kRow;
+        strips.sum(begin, end, row, height, panel, width, start, sweep > 0 ? target : nullptr, target, leaving);
+        leaving.rest();
+        if (last) leaving = {&epilogue, kRow, row, row + height, panel * kLanes, columns, target};
       }
+      if (wait) leaving.rest();
     }
+  leaving.rest();
 }
 
 // The product of one block of rows. start: per column of the packed width, or null. epilogue(row, column, count, sums)
@@ -457,21 +513,27 @@ inline auto for_each_register(int64_t ldc, Each each) {
   };
 }
 
-// Two tokens' values of every rank side by side, as a column kernel broadcasts them, from float or bfloat16 rows.
+// Two tokens' values of 16 ranks from r on side by side, from float or bfloat16 rows; zero beyond the tokens.
+template <typename T>
+inline __m512i two_tokens(const T* values, int64_t ld, int64_t token, int64_t tokens, int64_t r, __mmask16 mask) {
+  const auto load = [&](int64_t t) {
+    if (t >= tokens) return _mm512_setzero_si512();
+    if constexpr (std::is_same_v<T, float>)
+      return _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, values + t * ld + r)));
+    else
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, values + t * ld + r));
+  };
+  return _mm512_or_si512(load(token), _mm512_slli_epi32(load(token + 1), 16));
+}
+
+// Pairs of every rank, as a column kernel broadcasts them.
 template <typename T>
 void pair_tokens(Scratch<uint32_t>& out, const T* values, int64_t ld, int64_t tokens, int64_t ranks) {
-  const auto load = [&](int64_t token, int64_t r, __mmask16 mask) {
-    if (token >= tokens) return _mm512_setzero_si512();
-    if constexpr (std::is_same_v<T, float>)
-      return _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, values + token * ld + r)));
-    else
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, values + token * ld + r));
-  };
   for (int64_t token = 0; token < tokens; token += 2)
     for (int64_t r = 0; r < ranks; r += kLanes) {
       const __mmask16 mask = first_lanes(ranks - r);
-      const __m512i both = _mm512_or_si512(load(token, r, mask), _mm512_slli_epi32(load(token + 1, r, mask), 16));
-      _mm512_mask_storeu_epi32(out.data() + token / 2 * ranks + r, mask, both);
+      _mm512_mask_storeu_epi32(
+          out.data() + token / 2 * ranks + r, mask, two_tokens(values, ld, token, tokens, r, mask));
     }
 }
 

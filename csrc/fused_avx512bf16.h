@@ -123,23 +123,75 @@ class TokenSums {
   Scratch<float> data_;
 };
 
+// left [ranks, ld] = cᵀ in bfloat16, zero beyond the tokens; ld ≥ tokens is a multiple of 2 kLanes.
+template <typename T>
+void transpose_tokens(const T* c, int64_t ldc, int64_t tokens, int64_t ranks, bf16* left, int64_t ld) {
+  for (int64_t r = 0; r < ranks; r += kLanes) {
+    const __mmask16 mask = first_lanes(ranks - r);
+    for (int64_t t = 0; t < ld; t += 2 * kLanes) {
+      __m512i block[kLanes];
+      for (int64_t pair = 0; pair < kLanes; ++pair) block[pair] = two_tokens(c, ldc, t + 2 * pair, tokens, r, mask);
+      transpose(block);
+      for (int64_t i = 0; i < std::min(kLanes, ranks - r); ++i) _mm512_storeu_si512(left + (r + i) * ld + t, block[i]);
+    }
+  }
+}
+
 // One thread's buffers for Σ_t c[t, :]ᵀ z[t, :], a block of rows at a time.
-struct Columns {
-  Interleaved z;
-  Scratch<uint32_t> coefficients;
-  explicit Columns(int64_t ranks) : coefficients(kTokens / 2 * std::max<int64_t>(ranks, 1)) {}
+class Columns {
+ public:
+  explicit Columns(int64_t ranks)
+      : tiles_(tile_registers_in_use()), pairs_(tiles_ ? 0 : kTokens / 2 * ranks), left_(tiles_ ? kTileTokens * ranks : 0) {}
 
   // C [ranks, columns] += cᵀ z
   template <typename T>
   void add(const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
     if (ranks == 0) return;
-    for (int64_t t = 0; t < tokens; t += kTokens) {
-      const int64_t count = std::min(kTokens, tokens - t);
-      pair_tokens(coefficients, c + t * ldc, ldc, count, ranks);
-      z.load(rows + t * ld, ld, count, columns);
-      columns_product(coefficients.data(), ranks, z, columns, C);
+    const int64_t most = tiles_ ? kTileTokens : kTokens;
+    for (int64_t t = 0; t < tokens; t += most) {
+      const int64_t count = std::min(most, tokens - t);
+      if (tiles_)
+        add_by_tiles(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, C);
+      else
+        add_by_vectors(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, C);
     }
   }
+
+ private:
+  static constexpr int64_t kTileTokens = 256;
+
+  template <typename T>
+  void add_by_vectors(
+      const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
+    pair_tokens(pairs_, c, ldc, tokens, ranks);
+    interleaved_.load(rows, ld, tokens, columns);
+    columns_product(pairs_.data(), ranks, interleaved_, columns, C);
+  }
+  template <typename T>
+  void add_by_tiles(
+      const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
+    const int64_t padded = (tokens + kTileInner - 1) / kTileInner * kTileInner;
+    transpose_tokens(c, ldc, tokens, ranks, left_.data(), padded);
+    Rows source;
+    source.length = columns;
+    source.append(rows, ld * static_cast<int64_t>(sizeof(bf16)), tokens);
+    packed_.reset(std::move(source), Packing::kRows);
+    for (int64_t unit = 0; unit < packed_.units(); ++unit) packed_.pack(unit);
+    Panels panels = packed_.panels();
+    panels.inner = padded;  // both factors are zero there
+    const Piece piece{left_.data(), padded, panels};
+    block_product(
+        &piece, 1, ranks, columns, nullptr,
+        for_each_register(columns, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
+          _mm512_mask_storeu_ps(C + at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, C + at), sum));
+        }));
+  }
+
+  bool tiles_;
+  Interleaved interleaved_;
+  Scratch<uint32_t> pairs_;
+  PackedB packed_;
+  Scratch<bf16> left_;
 };
 
 inline Scratch<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t outer) {
