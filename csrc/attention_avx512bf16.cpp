@@ -260,10 +260,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
 
         pair_queries(coefficients, weights.data(), width, count, width);
         block.load(do_block, dO.row, count, features);
-        columns_product(coefficients.data(), width, block, features, dv_sums.data() + span.start * features);
+        columns_product(coefficients.data(), width, block, features, dv_sums.data() + span.start * features, features, 2 * kLanes);
         pair_queries(coefficients, dscores.data(), width, count, width);
         block.load(q_block, q.row, count, features);
-        columns_product(coefficients.data(), width, block, features, dk_sums.data() + span.start * features);
+        columns_product(coefficients.data(), width, block, features, dk_sums.data() + span.start * features, features, 2 * kLanes);
       }
     const int64_t offset = (b * groups + group) * keys * features;
     for (int64_t e = 0; e < keys * features; ++e) {

@@ -209,16 +209,17 @@ constexpr std::array<ColumnKernel, sizeof...(kCounts)> column_kernels(std::integ
 }
 constexpr auto kColumnKernels = column_kernels(std::make_integer_sequence<int, kMaxRanks>{});
 
-// C [ranks, columns] += coefficientsᵀ z over one block of tokens.
+// C [ranks, columns] += coefficientsᵀ z over one block of tokens. C's rows are `row` apart, and every 32 columns of it `block`.
 void columns_product(
-    const uint32_t* coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c) {
+    const uint32_t* coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c, int64_t row,
+    int64_t block) {
   const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;
   for (int64_t column = 0; column < columns; column += 2 * kLanes)
     for (int64_t pass = 0, rank = 0; pass < passes; ++pass) {
       const int64_t count = (ranks - rank + passes - pass - 1) / (passes - pass);
       kColumnKernels[count - 1](
           coefficients + rank, ranks, z.pairs, z.columns(column), columns - column,
-          c + rank * columns + column, columns);
+          c + rank * row + column / (2 * kLanes) * block, row);
       rank += count;
     }
 }

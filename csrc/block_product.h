@@ -45,6 +45,20 @@ class Scratch {
   c10::DataPtr memory_;
 };
 
+inline __mmask32 first_pairs_of_lanes(int64_t count) {
+  return count >= 2 * kLanes ? __mmask32(~0u) : __mmask32((1u << std::max<int64_t>(count, 0)) - 1u);
+}
+
+// 32 elements of a row from column on as bfloat16, zero where the mask is.
+template <bool kWide>
+inline __m512i load_row(const void* row, int64_t column, __mmask32 mask) {
+  if constexpr (!kWide) return _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(row) + column);
+  const float* source = static_cast<const float*>(row) + column;
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), source);
+  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> kLanes), source + kLanes);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
 // Rows of a matrix, or of several stacked: float32 or bfloat16 with unit column stride.
 struct Rows {
   std::vector<const void*> rows;
@@ -63,19 +77,10 @@ struct Rows {
   void prefetch(int64_t row, int64_t column) const {
     if (row < count()) _mm_prefetch(static_cast<const char*>(rows[row]) + column * (wide ? 4 : 2), _MM_HINT_T0);
   }
-  // 32 elements of a row as bfloat16, zero where the mask is.
   __m512i load(int64_t row, int64_t column, __mmask32 mask) const {
-    if (!wide) return _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(rows[row]) + column);
-    const float* source = static_cast<const float*>(rows[row]) + column;
-    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), source);
-    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> kLanes), source + kLanes);
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return wide ? load_row<true>(rows[row], column, mask) : load_row<false>(rows[row], column, mask);
   }
 };
-
-inline __mmask32 first_pairs_of_lanes(int64_t count) {
-  return count >= 2 * kLanes ? __mmask32(~0u) : __mmask32((1u << std::max<int64_t>(count, 0)) - 1u);
-}
 
 // Sixteen registers of sixteen 32-bit words, rows for columns.
 inline void transpose(__m512i (&r)[kLanes]) {
@@ -105,25 +110,49 @@ inline bool tile_registers_in_use() { return instruction_set() == InstructionSet
 
 enum class Packing { kRows, kColumns };  // the source's rows are B's rows (the inner index), or B's columns
 
+// Columns [first, end) of rows as panels, with zeros up to `padded` rows: the rows of each pair interleaved.
+inline void interleave(const Rows& rows, int64_t first, int64_t end, int64_t padded, uint16_t* panels, int64_t stride) {
+  constexpr int64_t kRowsAhead = 16;  // weights come from memory, and lines this far apart from no hardware prefetch
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const auto pairs = [&](auto is_wide) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < padded; k += 2) {
+      const __mmask32 first_row = k < rows.count() ? ~__mmask32(0) : 0, second_row = k + 1 < rows.count() ? ~__mmask32(0) : 0;
+      const void* const even = rows.rows[std::min(k, rows.count() - 1)];
+      const void* const odd = rows.rows[std::min(k + 1, rows.count() - 1)];
+      const void* const ahead = rows.rows[std::min(k + kRowsAhead, rows.count() - 1)];
+      const void* const ahead_odd = rows.rows[std::min(k + 1 + kRowsAhead, rows.count() - 1)];
+      uint16_t* target = panels + k * kLanes;
+      for (int64_t column = first; column < end; column += 2 * kLanes, target += 2 * stride) {
+        const __mmask32 mask = first_pairs_of_lanes(end - column);
+        _mm_prefetch(static_cast<const char*>(ahead) + column * (is_wide ? 4 : 2), _MM_HINT_T0);
+        _mm_prefetch(static_cast<const char*>(ahead_odd) + column * (is_wide ? 4 : 2), _MM_HINT_T0);
+        const __m512i x = load_row<is_wide>(even, column, mask & first_row), y = load_row<is_wide>(odd, column, mask & second_row);
+        const __m512i a = _mm512_unpacklo_epi16(x, y), b = _mm512_unpackhi_epi16(x, y);
+        _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
+        if (column + kLanes < end) _mm512_storeu_si512(target + stride, _mm512_permutex2var_epi32(a, high, b));
+      }
+    }
+  };
+  if (rows.count() == 0) return;
+  if (rows.wide)
+    pairs(std::true_type{});
+  else
+    pairs(std::false_type{});
+}
+
 // B packed in panels, and the work of packing it cut in units that any thread may do. Panels end in zeros up to a whole
 // tile's inner indices.
 class PackedB {
  public:
-  PackedB(Rows source, Packing as) { reset(std::move(source), as); }
-  PackedB(const at::Tensor& t, Packing as) : PackedB(rows_of(t), as) {}
-  PackedB() = default;
-
-  // Another B in the same memory, if that is large enough.
-  void reset(Rows source, Packing as) {
-    source_ = std::move(source);
-    as_ = as;
+  PackedB(Rows source, Packing as) : source_(std::move(source)), as_(as) {
     inner_ = as == Packing::kRows ? source_.count() : source_.length;
     outer_ = as == Packing::kRows ? source_.length : source_.count();
     padded_ = (inner_ + kTileInner - 1) / kTileInner * kTileInner;
     stride_ = padded_ * kLanes;
-    const int64_t size = (outer_ + kLanes - 1) / kLanes * stride_;
-    if (size > size_) data_ = Scratch<uint16_t>(size_ = size);
+    data_ = Scratch<uint16_t>((outer_ + kLanes - 1) / kLanes * stride_);
   }
+  PackedB(const at::Tensor& t, Packing as) : PackedB(rows_of(t), as) {}
 
   Panels panels() const { return {data_.data(), stride_, inner_, outer_}; }
   int64_t units() const { return (outer_ + kUnit - 1) / kUnit; }
@@ -132,12 +161,12 @@ class PackedB {
     const int64_t end = std::min(outer_, (unit + 1) * kUnit);
     for (int64_t column = unit * kUnit; column < end; column += kLanes)
       if (as_ == Packing::kColumns) pack_columns(column);
-    if (as_ == Packing::kRows) pack_rows(unit * kUnit, end);
+    if (as_ == Packing::kRows)
+      interleave(source_, unit * kUnit, end, padded_, data_.data() + unit * kUnit / kLanes * stride_, stride_);
   }
 
  private:
   static constexpr int64_t kUnit = kMaxPanels * kLanes;
-  static constexpr int64_t kRowsAhead = 16;  // weights come from memory, and lines this far apart from no hardware prefetch
 
   static Rows rows_of(const at::Tensor& t) {
     Rows rows;
@@ -158,27 +187,9 @@ class PackedB {
       for (int64_t j = 0; j < kLanes; ++j) _mm512_storeu_si512(target + (pair + j) * 2 * kLanes, block[j]);
     }
   }
-  void pack_rows(int64_t first, int64_t end) const {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int64_t k = 0; k < padded_; k += 2)
-      for (int64_t column = first; column < end; column += 2 * kLanes) {
-        const __mmask32 mask = first_pairs_of_lanes(end - column);
-        source_.prefetch(k + kRowsAhead, column);
-        source_.prefetch(k + kRowsAhead + 1, column);
-        const __m512i even = k < inner_ ? source_.load(k, column, mask) : _mm512_setzero_si512();
-        const __m512i odd = k + 1 < inner_ ? source_.load(k + 1, column, mask) : _mm512_setzero_si512();
-        const __m512i a = _mm512_unpacklo_epi16(even, odd), b = _mm512_unpackhi_epi16(even, odd);
-        uint16_t* target = data_.data() + column / kLanes * stride_ + k * kLanes;
-        _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
-        if (column + kLanes < end)
-          _mm512_storeu_si512(target + stride_, _mm512_permutex2var_epi32(a, high, b));
-      }
-  }
-
   Rows source_;
-  Packing as_ = Packing::kRows;
-  int64_t inner_ = 0, padded_ = 0, outer_ = 0, stride_ = 0, size_ = 0;
+  Packing as_;
+  int64_t inner_ = 0, padded_ = 0, outer_ = 0, stride_ = 0;
   Scratch<uint16_t> data_;
 };
 
@@ -301,7 +312,7 @@ struct VectorStrips {
   template <typename Between>
   void sum(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
-      const float* start, const float* before, float* after, Between&) {
+      const float* start, const float* before, float* after, Between&&) {
     tile_of(panels, rows)(begin, end, row, panel, start, before, after);
     ahead.fetch();
   }
@@ -319,7 +330,7 @@ struct TileStrips {
   template <typename Between>
   void sum(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
-      const float* start, const float* before, float* after, Between& between) {
+      const float* start, const float* before, float* after, Between&& between) {
     registers.shape(rows);
     if (start && !before) {
       for (int64_t m = 0; m < rows; ++m)
@@ -338,7 +349,7 @@ struct TileStrips {
   template <int kBands, int kWidth, typename Between>
   static __attribute__((noinline)) void strip(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* before, float* after,
-      Between& between) {
+      Between&& between) {
     constexpr int64_t kSumRow = kPanels * kLanes, kSumBytes = kSumRow * sizeof(float), kBand = kTileRows * kSumRow;
     const auto each_sum = [&](auto visit) __attribute__((always_inline)) {
       visit(std::integral_constant<int, 0>{}, 0);

@@ -85,43 +85,83 @@ struct Adapters {
   }
 };
 
-// Sums over tokens, one copy a block of rows so that the result does not depend on which thread took which block.
+// Gradients of low-rank factors: sums over tokens, one copy a block of rows so that the result does not depend on which
+// thread took which block. A factor's sums [ranks, columns] lie as [columns / 32][ranks][32], which is how both kinds of
+// registers leave them, whole lines one after another.
 class TokenSums {
  public:
+  static constexpr int64_t kColumns = 2 * kLanes;
+  static int64_t size(int64_t ranks, int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns * ranks; }
+
   TokenSums(int64_t blocks, int64_t elements) : blocks_(blocks), elements_(elements), data_(blocks * elements) {}
 
-  float* start(int64_t block) const {
-    float* sums = data_.data() + block * elements_;
-    std::memset(sums, 0, elements_ * sizeof(float));
-    return sums;
+  float* of(int64_t block) const { return data_.data() + block * elements_; }
+
+  // The gradient of `like`: rows [first, first + r) of the factor at offset, which has `ranks` rows, times scale. like is
+  // [r, columns], or [columns, r] if transposed. Written by write().
+  void want(
+      int64_t offset, int64_t ranks, int64_t first, bool transposed, double scale, const at::Tensor& like,
+      std::vector<at::Tensor>& into) {
+    at::Tensor out = at::empty(like.sizes(), like.options().dtype(at::kFloat));
+    jobs_.push_back(
+        {data_.data() + offset + first * kColumns, out.mutable_data_ptr<float>(), ranks, like.size(transposed ? 1 : 0),
+         like.size(transposed ? 0 : 1), static_cast<float>(scale), transposed});
+    into.push_back(std::move(out));
   }
-  void reduce() const {
-    at::parallel_for(0, elements_, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t block = 1; block < blocks_; ++block)
-        for (int64_t e = begin; e < end; ++e) data_[e] += data_[block * elements_ + e];
+  void write() const {
+    std::vector<int64_t> ends;
+    for (const Job& job : jobs_)
+      ends.push_back((ends.empty() ? 0 : ends.back()) + (job.columns + kColumns - 1) / kColumns);
+    at::parallel_for(0, ends.empty() ? 0 : ends.back(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const auto job = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
+        write(jobs_[job], unit - (job > 0 ? ends[job - 1] : 0));
+      }
     });
-  }
-  // sums at offset, [rows, columns] or its transpose, times a scale, in the gradient's dtype.
-  void copy(int64_t offset, bool transposed, double scale, const at::Tensor& like, std::vector<at::Tensor>& into) const {
-    const int64_t n = like.size(0), m = like.size(1);
-    const auto options = like.options().dtype(at::kFloat);
-    at::Tensor out = at::empty({n, m}, options);
-    float* target = out.mutable_data_ptr<float>();
-    const float* source = data_.data() + offset;
-    const float s = static_cast<float>(scale);
-    if (blocks_ == 0) {
-      out.zero_();
-    } else {
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < m; ++j) target[i * m + j] = s * (transposed ? source[j * n + i] : source[i * m + j]);
-    }
-    into.push_back(out.to(like.scalar_type()));
   }
 
  private:
+  struct Job {
+    const float* source;
+    float* out;
+    int64_t ranks, count, columns;
+    float scale;
+    bool transposed;
+  };
+  void write(const Job& job, int64_t unit) const {
+    const __m512 scale = _mm512_set1_ps(job.scale);
+    for (int64_t half = 0; half < kColumns; half += kLanes) {
+      const int64_t column = unit * kColumns + half, columns = std::min(kLanes, job.columns - column);
+      for (int64_t r = 0; r < job.count && columns > 0; r += kLanes) {
+        const int64_t count = std::min(kLanes, job.count - r);
+        __m512i sums[kLanes] = {};
+        for (int64_t i = 0; i < count; ++i) {
+          const float* source = job.source + unit * kColumns * job.ranks + (r + i) * kColumns + half;
+          __m512 sum = _mm512_setzero_ps();
+          for (int64_t block = 0; block < blocks_; ++block)
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(source + block * elements_));
+          sums[i] = _mm512_castps_si512(_mm512_mul_ps(sum, scale));
+        }
+        if (job.transposed) {
+          transpose(sums);
+          for (int64_t i = 0; i < columns; ++i)
+            _mm512_mask_storeu_epi32(job.out + (column + i) * job.count + r, first_lanes(count), sums[i]);
+        } else {
+          for (int64_t i = 0; i < count; ++i)
+            _mm512_mask_storeu_epi32(job.out + (r + i) * job.columns + column, first_lanes(columns), sums[i]);
+        }
+      }
+    }
+  }
+
   int64_t blocks_, elements_;
   Scratch<float> data_;
+  std::vector<Job> jobs_;
 };
+
+inline void to_dtype_of(at::TensorList likes, std::vector<at::Tensor>& gradients) {
+  for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = gradients[i].to(likes[i].scalar_type());
+}
 
 // left [ranks, ld] = cᵀ in bfloat16, zero beyond the tokens; ld ≥ tokens is a multiple of 2 kLanes.
 template <typename T>
@@ -137,61 +177,68 @@ void transpose_tokens(const T* c, int64_t ldc, int64_t tokens, int64_t ranks, bf
   }
 }
 
-// One thread's buffers for Σ_t c[t, :]ᵀ z[t, :], a block of rows at a time.
+// One thread's buffers for Σ_t c[t, :]ᵀ z[t, :] over a block of rows.
 class Columns {
  public:
   explicit Columns(int64_t ranks)
-      : tiles_(tile_registers_in_use()), pairs_(tiles_ ? 0 : kTokens / 2 * ranks), left_(tiles_ ? kTileTokens * ranks : 0) {}
+      : tiles_(tile_registers_in_use()), pairs_(tiles_ ? 0 : kTokens / 2 * ranks),
+        left_(tiles_ ? kTileTokens * ranks : 0), panels_(tiles_ ? kTileTokens * kUnit : 0) {}
 
-  // C [ranks, columns] += cᵀ z
+  // C [ranks, columns], as TokenSums has it, = cᵀ z
   template <typename T>
-  void add(const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
+  void product(const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
     if (ranks == 0) return;
+    if (!tiles_) std::memset(C, 0, TokenSums::size(ranks, columns) * sizeof(float));
     const int64_t most = tiles_ ? kTileTokens : kTokens;
     for (int64_t t = 0; t < tokens; t += most) {
       const int64_t count = std::min(most, tokens - t);
       if (tiles_)
-        add_by_tiles(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, C);
+        by_tiles(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, t > 0, C);
       else
-        add_by_vectors(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, C);
+        by_vectors(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, C);
     }
   }
 
  private:
-  static constexpr int64_t kTileTokens = 256;
+  static constexpr int64_t kTileTokens = 128, kUnit = kMaxPanels * kLanes;
 
   template <typename T>
-  void add_by_vectors(
+  void by_vectors(
       const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
     pair_tokens(pairs_, c, ldc, tokens, ranks);
     interleaved_.load(rows, ld, tokens, columns);
-    columns_product(pairs_.data(), ranks, interleaved_, columns, C);
+    columns_product(pairs_.data(), ranks, interleaved_, columns, C, TokenSums::kColumns, ranks * TokenSums::kColumns);
   }
+  // A few columns of z at a time, so that they are multiplied while they are in first-level cache.
   template <typename T>
-  void add_by_tiles(
-      const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
-    const int64_t padded = (tokens + kTileInner - 1) / kTileInner * kTileInner;
+  void by_tiles(
+      const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, bool add,
+      float* C) {
+    const int64_t padded = (tokens + kTileInner - 1) / kTileInner * kTileInner, stride = padded * kLanes;
     transpose_tokens(c, ldc, tokens, ranks, left_.data(), padded);
     Rows source;
-    source.length = columns;
     source.append(rows, ld * static_cast<int64_t>(sizeof(bf16)), tokens);
-    packed_.reset(std::move(source), Packing::kRows);
-    for (int64_t unit = 0; unit < packed_.units(); ++unit) packed_.pack(unit);
-    Panels panels = packed_.panels();
-    panels.inner = padded;  // both factors are zero there
-    const Piece piece{left_.data(), padded, panels};
-    block_product(
-        &piece, 1, ranks, columns, nullptr,
-        for_each_register(columns, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-          _mm512_mask_storeu_ps(C + at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, C + at), sum));
-        }));
+    TileStrips strips;
+    const auto nothing = [] {};
+    for (int64_t unit = 0; unit < columns; unit += kUnit) {
+      const int64_t end = std::min(columns, unit + kUnit);
+      interleave(source, unit, end, padded, panels_.data(), stride);
+      const Stretch stretch{left_.data(), padded, panels_.data(), stride, padded};
+      for (int64_t r = 0; r < ranks; r += TileStrips::kRows)
+        for (int64_t column = unit; column < end; column += TokenSums::kColumns) {
+          float* const sums = C + column * ranks + r * TokenSums::kColumns;
+          strips.sum(
+              &stretch, &stretch + 1, r, std::min(ranks - r, TileStrips::kRows), (column - unit) / kLanes,
+              end - column > kLanes ? 2 : 1, nullptr, add ? sums : nullptr, sums, nothing);
+        }
+    }
   }
 
   bool tiles_;
   Interleaved interleaved_;
   Scratch<uint32_t> pairs_;
-  PackedB packed_;
   Scratch<bf16> left_;
+  Scratch<uint16_t> panels_;
 };
 
 inline Scratch<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t outer) {

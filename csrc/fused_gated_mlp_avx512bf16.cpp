@@ -123,12 +123,12 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
   const float* const h_data = h.const_data_ptr<float>();
   const int64_t ld = x.stride(0), ldy = dy.stride(0);
   // Where each gradient's sum starts: dA of gate and up, dA of down, then the three dBᵀ.
-  const int64_t dA_mid = in.ranks * hidden, dB_gate = dA_mid + mid.ranks * width, dB_up = dB_gate + in.rank(0) * width,
-                dB_down = dB_up + in.rank(1) * width;
+  const int64_t dA_mid = TokenSums::size(in.ranks, hidden), dB_gate = dA_mid + TokenSums::size(mid.ranks, width),
+                dB_up = dB_gate + TokenSums::size(in.rank(0), width), dB_down = dB_up + TokenSums::size(in.rank(1), width);
   const Blocks blocks(tokens);
-  const TokenSums sums(blocks.count, dB_down + mid.ranks * out);
+  TokenSums sums(blocks.count, dB_down + TokenSums::size(mid.ranks, out));
   blocks.each([&](int64_t block, int64_t first, int64_t count) {
-    float* const total = sums.start(block);
+    float* const total = sums.of(block);
     const bf16* const dy_rows = dy_data + first * ldy;
     const bf16* const gate_rows = gate_data + first * width;
     const bf16* const up_rows = up_data + first * width;
@@ -138,7 +138,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
     const Scratch<bf16> product(count * width), dgate(count * width), dup(count * width);
 
     mid.project(0, dy_rows, ldy, count, shrink_down, g_mid.data());
-    columns.add(h_rows + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
+    columns.product(h_rows + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
     const Piece to_product[]{{dy_rows, ldy, w_down.panels()}, {g_mid.data(), mid.ranks, spread_mid.panels()}};
     bf16* const product_data = product.data();
     bf16* const dgate_data = dgate.data();
@@ -152,13 +152,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
           store(dup_data + at, mask, _mm512_mul_ps(sum, active.value));
           store(dgate_data + at, mask, _mm512_mul_ps(_mm512_mul_ps(sum, up_lanes), active.slope));
         }));
-    columns.add(g_mid.data(), mid.ranks, mid.ranks, product_data, width, count, width, total + dA_mid);
+    columns.product(g_mid.data(), mid.ranks, mid.ranks, product_data, width, count, width, total + dA_mid);
 
     in.project(0, dgate_data, width, count, shrink_gate, g_in.data());
     in.project(1, dup_data, width, count, shrink_up, g_in.data());
-    columns.add(h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
-    columns.add(h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
-    columns.add(g_in.data(), in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
+    columns.product(h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
+    columns.product(h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
+    columns.product(g_in.data(), in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
     if (!needs_dx) return;
     const Piece to_dx[]{
         {dgate_data, width, w_gate.panels()},
@@ -166,13 +166,17 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
         {g_in.data(), in.ranks, spread_in.panels()}};
     block_product(to_dx, 3, count, hidden, nullptr, store_bfloat16(dx_data + first * hidden, hidden));
   });
-  sums.reduce();
   std::vector<at::Tensor> dAs, dBs;
-  const int64_t dA_offsets[]{0, in.offsets[1] * hidden, dA_mid}, dB_offsets[]{dB_gate, dB_up, dB_down};
+  const int64_t dB_offsets[]{dB_gate, dB_up, dB_down};
   for (size_t i = 0; i < 3; ++i) {
-    sums.copy(dA_offsets[i], false, 1.0, lora_As[i], dAs);
-    sums.copy(dB_offsets[i], true, scalings[i], lora_Bs[i], dBs);
+    const bool down = i == 2;
+    sums.want(
+        down ? dA_mid : 0, down ? mid.ranks : in.ranks, down ? 0 : in.offsets[i], false, 1.0, lora_As[i], dAs);
+    sums.want(dB_offsets[i], lora_As[i].size(0), 0, true, scalings[i], lora_Bs[i], dBs);
   }
+  sums.write();
+  to_dtype_of(lora_As, dAs);
+  to_dtype_of(lora_Bs, dBs);
   return {dx, std::move(dAs), std::move(dBs)};
 }
 

@@ -111,12 +111,12 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   std::vector<at::Tensor> dys;
   std::vector<PackedB> bases, shrinks;
   std::vector<const PackedB*> jobs{&spread};
-  std::vector<int64_t> dB_offsets{ranks * features};
+  std::vector<int64_t> dB_offsets{TokenSums::size(ranks, features)};
   for (size_t i = 0; i < weights.size(); ++i) {
     dys.push_back(with_unit_columns(dys_any[i]));
     shrinks.push_back(adapters.B(i, Packing::kRows));
     if (needs_dx) bases.push_back(backward_weight(weights[i]));
-    dB_offsets.push_back(dB_offsets.back() + lora_Bs[i].numel());
+    dB_offsets.push_back(dB_offsets.back() + TokenSums::size(adapters.rank(i), lora_Bs[i].size(0)));
   }
   for (const PackedB& b : bases) jobs.push_back(&b);
   for (const PackedB& b : shrinks) jobs.push_back(&b);
@@ -126,9 +126,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   bf16* dx_data = dx.mutable_data_ptr<bf16>();
   const float* h_data = h.const_data_ptr<float>();
   const Blocks blocks(tokens);
-  const TokenSums sums(blocks.count, dB_offsets.back());
+  TokenSums sums(blocks.count, dB_offsets.back());
   blocks.each([&](int64_t block, int64_t first, int64_t count) {
-    float* const total = sums.start(block);
+    float* const total = sums.of(block);
     Columns columns(ranks);
     const Scratch<bf16> g(count * ranks);
     std::vector<Piece> pieces;
@@ -136,14 +136,14 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
       const int64_t ld = dys[i].stride(0), out = dys[i].size(1);
       const bf16* dy = dys[i].const_data_ptr<bf16>() + first * ld;
       adapters.project(i, dy, ld, count, shrinks[i], g.data());
-      columns.add(
+      columns.product(
           h_data + first * ranks + adapters.offsets[i], ranks, adapters.rank(i), dy, ld, count, out,
           total + dB_offsets[i]);
       if (needs_dx) pieces.push_back({dy, ld, bases[i].panels()});
     }
     Input input(x, dropout, blocks.size);
     const auto [x_hat, ld_hat] = input.rows(first, count);
-    columns.add(g.data(), ranks, ranks, x_hat, ld_hat, count, features, total);
+    columns.product(g.data(), ranks, ranks, x_hat, ld_hat, count, features, total);
     if (!needs_dx) return;
     bf16* target = dx_data + first * features;
     const Piece low_rank{g.data(), ranks, spread.panels()};
@@ -158,12 +158,14 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
       });
     }
   });
-  sums.reduce();
   std::vector<at::Tensor> dAs, dBs;
   for (size_t i = 0; i < weights.size(); ++i) {
-    sums.copy(adapters.offsets[i] * features, false, 1.0, lora_As[i], dAs);
-    sums.copy(dB_offsets[i], true, scalings[i], lora_Bs[i], dBs);
+    sums.want(0, ranks, adapters.offsets[i], false, 1.0, lora_As[i], dAs);
+    sums.want(dB_offsets[i], adapters.rank(i), 0, true, scalings[i], lora_Bs[i], dBs);
   }
+  sums.write();
+  to_dtype_of(lora_As, dAs);
+  to_dtype_of(lora_Bs, dBs);
   return {dx, std::move(dAs), std::move(dBs)};
 }
 
