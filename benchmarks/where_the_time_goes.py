@@ -45,7 +45,7 @@ COLOURS = dict(
     )
 )
 # What a result must have beside the arms.
-FIGURES = ("floor_s", "low_rank_s", "low_rank_floor_s", "exact_losses", "allocator", "threads", "machine")
+FIGURES = ("floor_s", "low_rank_s", "low_rank_floor_s", "exact", "allocator", "threads", "machine")
 STYLE: dict[Any, Any] = {"svg.hashsalt": "aletheia", "font.family": "DejaVu Sans", "font.size": 10}
 
 
@@ -88,7 +88,7 @@ def rows(run: dict[str, Any], names: list[str], suffix: str = "") -> list[Row]:
         arm = run["arms"][name]
         scale = arm["median_s"] / sum(arm["parts_s"].values())
         ours = run["arms"].get("ours_uniform")
-        errors = [abs(loss - true) for loss, true in zip(arm["losses"], run["exact_losses"], strict=True)]
+        errors = [abs(loss - true) for loss, true in zip(arm["losses"], run["exact"]["losses"], strict=True)]
         given.append(
             Row(
                 LABELS[name] + suffix,
@@ -108,7 +108,7 @@ def markdown(lines: list[tuple[str, ...]]) -> str:
 
 
 def tables(shown: list[Row], run: dict[str, Any]) -> str:
-    steps = len(run["exact_losses"]) - 1
+    steps = len(run["exact"]["losses"]) - 1
     notes = (
         f"{run['threads']} threads, {run['machine']}; median of {steps} steps. The products alone take "
         f"{run['floor_s']:.2f} s; the low-rank work of our operators takes "
