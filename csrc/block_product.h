@@ -115,22 +115,32 @@ inline void interleave(const Rows& rows, int64_t first, int64_t end, int64_t pad
   constexpr int64_t kRowsAhead = 16;  // weights come from memory, and lines this far apart from no hardware prefetch
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const int64_t count = rows.count(), whole = first + (end - first) / (2 * kLanes) * (2 * kLanes);
   const auto pairs = [&](auto is_wide) __attribute__((always_inline)) {
+    constexpr int64_t kBytes = is_wide ? 4 : 2;
+    const auto put = [&](__m512i even, __m512i odd, uint16_t* target, bool both) __attribute__((always_inline)) {
+      const __m512i a = _mm512_unpacklo_epi16(even, odd), b = _mm512_unpackhi_epi16(even, odd);
+      _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
+      if (both) _mm512_storeu_si512(target + stride, _mm512_permutex2var_epi32(a, high, b));
+    };
+    constexpr __mmask32 kAll = ~__mmask32(0);
     for (int64_t k = 0; k < padded; k += 2) {
-      const __mmask32 first_row = k < rows.count() ? ~__mmask32(0) : 0, second_row = k + 1 < rows.count() ? ~__mmask32(0) : 0;
-      const void* const even = rows.rows[std::min(k, rows.count() - 1)];
-      const void* const odd = rows.rows[std::min(k + 1, rows.count() - 1)];
-      const void* const ahead = rows.rows[std::min(k + kRowsAhead, rows.count() - 1)];
-      const void* const ahead_odd = rows.rows[std::min(k + 1 + kRowsAhead, rows.count() - 1)];
+      const void* const even = rows.rows[std::min(k, count - 1)];
+      const void* const odd = rows.rows[std::min(k + 1, count - 1)];
+      const char* const ahead = static_cast<const char*>(rows.rows[std::min(k + kRowsAhead, count - 1)]);
+      const char* const ahead_odd = static_cast<const char*>(rows.rows[std::min(k + 1 + kRowsAhead, count - 1)]);
       uint16_t* target = panels + k * kLanes;
-      for (int64_t column = first; column < end; column += 2 * kLanes, target += 2 * stride) {
+      int64_t column = first;
+      if (k + 1 < count)
+        for (; column < whole; column += 2 * kLanes, target += 2 * stride) {
+          _mm_prefetch(ahead + column * kBytes, _MM_HINT_T0);
+          _mm_prefetch(ahead_odd + column * kBytes, _MM_HINT_T0);
+          put(load_row<is_wide>(even, column, kAll), load_row<is_wide>(odd, column, kAll), target, true);
+        }
+      for (; column < end; column += 2 * kLanes, target += 2 * stride) {
         const __mmask32 mask = first_pairs_of_lanes(end - column);
-        _mm_prefetch(static_cast<const char*>(ahead) + column * (is_wide ? 4 : 2), _MM_HINT_T0);
-        _mm_prefetch(static_cast<const char*>(ahead_odd) + column * (is_wide ? 4 : 2), _MM_HINT_T0);
-        const __m512i x = load_row<is_wide>(even, column, mask & first_row), y = load_row<is_wide>(odd, column, mask & second_row);
-        const __m512i a = _mm512_unpacklo_epi16(x, y), b = _mm512_unpackhi_epi16(x, y);
-        _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
-        if (column + kLanes < end) _mm512_storeu_si512(target + stride, _mm512_permutex2var_epi32(a, high, b));
+        put(load_row<is_wide>(even, column, k < count ? mask : 0), load_row<is_wide>(odd, column, k + 1 < count ? mask : 0),
+            target, column + kLanes < end);
       }
     }
   };
