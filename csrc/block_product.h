@@ -333,10 +333,13 @@ struct TileStrips {
   static constexpr int64_t kPanels = 2, kRows = 2 * kTileRows, kInner = kTileInner;
 
   TileRegisters registers;
+  int64_t fetched = 0;
 
   static int64_t tall(int64_t) { return kRows; }
   static int64_t height(int64_t tall, int64_t left) { return std::min(tall, left); }
-  void enter(const Stretch*, const Stretch*, int64_t, int64_t, int64_t, int64_t) {}
+  void enter(const Stretch*, const Stretch*, int64_t, int64_t, int64_t rows, int64_t tall) {
+    fetched = rows > 4 * tall ? 4 : 8;
+  }
   template <typename Between>
   void sum(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
@@ -350,7 +353,7 @@ struct TileStrips {
     }
     const auto run = rows > kTileRows ? (panels == 2 ? strip<2, 2, Between> : strip<2, 1, Between>)
                                       : (panels == 2 ? strip<1, 2, Between> : strip<1, 1, Between>);
-    run(begin, end, row, panel, before, after, between);
+    run(begin, end, row, panel, before, after, fetched, between);
   }
 
  private:
@@ -359,7 +362,7 @@ struct TileStrips {
   template <int kBands, int kWidth, typename Between>
   static __attribute__((noinline)) void strip(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* before, float* after,
-      Between&& between) {
+      int64_t fetched, Between&& between) {
     constexpr int64_t kSumRow = kPanels * kLanes, kSumBytes = kSumRow * sizeof(float), kBand = kTileRows * kSumRow;
     const auto each_sum = [&](auto visit) __attribute__((always_inline)) {
       visit(std::integral_constant<int, 0>{}, 0);
@@ -371,10 +374,10 @@ struct TileStrips {
       each_sum([&](auto tile, int64_t at) __attribute__((always_inline)) { tile_load<tile>(before + at, kSumBytes); });
     else
       each_sum([&](auto tile, int64_t) __attribute__((always_inline)) { tile_zero<tile>(); });
-    // The lines of the next panels that this strip fetches, a few every step: they come from third-level cache or memory
-    // once a block of rows.
-    constexpr int64_t kLine = 2 * kLanes, kFetched = 4;
-    const int64_t part = row / kRows * kFetched % (2 * kLanes);
+    // The lines of the next two panels that this strip fetches, its share of the block's every step: they come from
+    // third-level cache or memory once a block of rows.
+    constexpr int64_t kLine = 2 * kLanes;
+    const int64_t part = row / kRows * fetched % (2 * kLanes);
     for (const Stretch* s = begin; s != end; ++s) {
       const uint16_t* b = s->b + panel * s->stride;
       const uint16_t* next = b + (2 + part / kLanes) * s->stride + part % kLanes * kLine;
@@ -384,7 +387,8 @@ struct TileStrips {
         tile_load<6>(b, 4 * kLanes);
         tile_load<4>(a, row_bytes);
         tile_multiply_add<0, 4, 6>();
-        for (int64_t line = 0; line < kFetched; ++line) _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
+        for (int64_t line = 0; line < fetched; ++line)
+          _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
         if constexpr (kWidth == 2) {
           tile_load<7>(b + stride, 4 * kLanes);
           tile_multiply_add<1, 4, 7>();
@@ -558,23 +562,29 @@ void pair_tokens(Scratch<uint32_t>& out, const T* values, int64_t ld, int64_t to
     }
 }
 
-// Blocks of rows that threads take from a common counter: on a shared machine a thread that is held up does less.
+// Blocks of rows, in runs of a few that threads take from a common counter: on a shared machine a thread that is held up
+// does less. What is summed over rows is summed once a run, so that it does not depend on which thread took which.
 struct Blocks {
-  int64_t rows, size, count;
-  explicit Blocks(int64_t rows) : rows(rows) {
-    // As many for every thread, in whole strips, and short enough that a block's activations stay in cache.
-    const int64_t threads = at::get_num_threads(), rounds = (rows + 256 * threads - 1) / (256 * threads);
+  int64_t rows, size, run, runs;
+
+  // Blocks of at most so many rows, whose activations should stay in second-level cache.
+  explicit Blocks(int64_t rows, int64_t most = 256) : rows(rows) {
+    // As many for every thread, in whole strips.
+    const int64_t threads = at::get_num_threads(), rounds = (rows + most * threads - 1) / (most * threads);
     const int64_t even = (rows + threads * rounds - 1) / std::max<int64_t>(threads * rounds, 1);
     const int64_t strip = tile_registers_in_use() ? TileStrips::kRows : 4;
     size = std::max<int64_t>((even + strip - 1) / strip * strip, 12);
-    count = (rows + size - 1) / size;
+    const int64_t count = (rows + size - 1) / size;
+    run = std::max<int64_t>((rounds + 1) / 2, 1);
+    runs = (count + run - 1) / run;
   }
-  template <typename Body>  // body(block, first row, number of rows)
+  template <typename Body>  // body(run, whether its first block, first row, number of rows)
   void each(Body body) const {
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-      for (int64_t block; (block = next.fetch_add(1)) < count;)
-        body(block, block * size, std::min(size, rows - block * size));
+    at::parallel_for(0, std::min<int64_t>(runs, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+      for (int64_t taken; (taken = next.fetch_add(1)) < runs;)
+        for (int64_t first = taken * run * size; first < std::min(rows, (taken + 1) * run * size); first += size)
+          body(taken, first == taken * run * size, first, std::min(size, rows - first));
     });
   }
 };

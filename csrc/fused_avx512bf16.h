@@ -85,17 +85,17 @@ struct Adapters {
   }
 };
 
-// Gradients of low-rank factors: sums over tokens, one copy a block of rows so that the result does not depend on which
-// thread took which block. A factor's sums [ranks, columns] lie as [columns / 32][ranks][32], which is how both kinds of
+// Gradients of low-rank factors: sums over tokens, one copy a run of blocks so that the result does not depend on which
+// thread took which. A factor's sums [ranks, columns] lie as [columns / 32][ranks][32], which is how both kinds of
 // registers leave them, whole lines one after another.
 class TokenSums {
  public:
   static constexpr int64_t kColumns = 2 * kLanes;
   static int64_t size(int64_t ranks, int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns * ranks; }
 
-  TokenSums(int64_t blocks, int64_t elements) : blocks_(blocks), elements_(elements), data_(blocks * elements) {}
+  TokenSums(int64_t runs, int64_t elements) : runs_(runs), elements_(elements), data_(runs * elements) {}
 
-  float* of(int64_t block) const { return data_.data() + block * elements_; }
+  float* of(int64_t run) const { return data_.data() + run * elements_; }
 
   // The gradient of `like`: rows [first, first + r) of the factor at offset, which has `ranks` rows, times scale. like is
   // [r, columns], or [columns, r] if transposed. Written by write().
@@ -138,8 +138,8 @@ class TokenSums {
         for (int64_t i = 0; i < count; ++i) {
           const float* source = job.source + unit * kColumns * job.ranks + (r + i) * kColumns + half;
           __m512 sum = _mm512_setzero_ps();
-          for (int64_t block = 0; block < blocks_; ++block)
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(source + block * elements_));
+          for (int64_t run = 0; run < runs_; ++run)
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(source + run * elements_));
           sums[i] = _mm512_castps_si512(_mm512_mul_ps(sum, scale));
         }
         if (job.transposed) {
@@ -154,7 +154,7 @@ class TokenSums {
     }
   }
 
-  int64_t blocks_, elements_;
+  int64_t runs_, elements_;
   Scratch<float> data_;
   std::vector<Job> jobs_;
 };
@@ -184,16 +184,18 @@ class Columns {
       : tiles_(tile_registers_in_use()), pairs_(tiles_ ? 0 : kTokens / 2 * ranks),
         left_(tiles_ ? kTileTokens * ranks : 0), panels_(tiles_ ? kTileTokens * kUnit : 0) {}
 
-  // C [ranks, columns], as TokenSums has it, = cᵀ z
+  // C [ranks, columns], as TokenSums has it, = or += cᵀ z
   template <typename T>
-  void product(const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
+  void product(
+      bool add, const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns,
+      float* C) {
     if (ranks == 0) return;
-    if (!tiles_) std::memset(C, 0, TokenSums::size(ranks, columns) * sizeof(float));
+    if (!tiles_ && !add) std::memset(C, 0, TokenSums::size(ranks, columns) * sizeof(float));
     const int64_t most = tiles_ ? kTileTokens : kTokens;
     for (int64_t t = 0; t < tokens; t += most) {
       const int64_t count = std::min(most, tokens - t);
       if (tiles_)
-        by_tiles(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, t > 0, C);
+        by_tiles(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, add || t > 0, C);
       else
         by_vectors(c + t * ldc, ldc, ranks, rows + t * ld, ld, count, columns, C);
     }

@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   bf16* const up_data = up.mutable_data_ptr<bf16>();
   float* const h_data = h.mutable_data_ptr<float>();
   const int64_t ld = x.stride(0);
-  Blocks(tokens).each([&](int64_t, int64_t first, int64_t count) {
+  Blocks(tokens).each([&](int64_t, bool, int64_t first, int64_t count) {
     const bf16* rows = x_data + first * ld;
     bf16* const gate_rows = gate_data + first * width;
     bf16* const up_rows = up_data + first * width;
@@ -125,10 +125,11 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
   // Where each gradient's sum starts: dA of gate and up, dA of down, then the three dBᵀ.
   const int64_t dA_mid = TokenSums::size(in.ranks, hidden), dB_gate = dA_mid + TokenSums::size(mid.ranks, width),
                 dB_up = dB_gate + TokenSums::size(in.rank(0), width), dB_down = dB_up + TokenSums::size(in.rank(1), width);
-  const Blocks blocks(tokens);
-  TokenSums sums(blocks.count, dB_down + TokenSums::size(mid.ranks, out));
-  blocks.each([&](int64_t block, int64_t first, int64_t count) {
-    float* const total = sums.of(block);
+  // Three matrices of the MLP's width beside the sums: half the rows leave room for them in second-level cache.
+  const Blocks blocks(tokens, tile_registers_in_use() ? 128 : 256);
+  TokenSums sums(blocks.runs, dB_down + TokenSums::size(mid.ranks, out));
+  blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
+    float* const total = sums.of(run);
     const bf16* const dy_rows = dy_data + first * ldy;
     const bf16* const gate_rows = gate_data + first * width;
     const bf16* const up_rows = up_data + first * width;
@@ -138,7 +139,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
     const Scratch<bf16> product(count * width), dgate(count * width), dup(count * width);
 
     mid.project(0, dy_rows, ldy, count, shrink_down, g_mid.data());
-    columns.product(h_rows + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
+    columns.product(!starts, h_rows + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
     const Piece to_product[]{{dy_rows, ldy, w_down.panels()}, {g_mid.data(), mid.ranks, spread_mid.panels()}};
     bf16* const product_data = product.data();
     bf16* const dgate_data = dgate.data();
@@ -152,13 +153,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
           store(dup_data + at, mask, _mm512_mul_ps(sum, active.value));
           store(dgate_data + at, mask, _mm512_mul_ps(_mm512_mul_ps(sum, up_lanes), active.slope));
         }));
-    columns.product(g_mid.data(), mid.ranks, mid.ranks, product_data, width, count, width, total + dA_mid);
+    columns.product(!starts, g_mid.data(), mid.ranks, mid.ranks, product_data, width, count, width, total + dA_mid);
 
     in.project(0, dgate_data, width, count, shrink_gate, g_in.data());
     in.project(1, dup_data, width, count, shrink_up, g_in.data());
-    columns.product(h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
-    columns.product(h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
-    columns.product(g_in.data(), in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
+    columns.product(!starts, h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
+    columns.product(!starts, h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
+    columns.product(!starts, g_in.data(), in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
     if (!needs_dx) return;
     const Piece to_dx[]{
         {dgate_data, width, w_gate.panels()},

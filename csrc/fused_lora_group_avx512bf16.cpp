@@ -80,7 +80,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
   const bf16* x_data = x.const_data_ptr<bf16>();
   const int64_t ld = x.stride(0), ranks = adapters.ranks;
   const Blocks blocks(tokens);
-  blocks.each([&](int64_t, int64_t first, int64_t count) {
+  blocks.each([&](int64_t, bool, int64_t first, int64_t count) {
     Input input(x, dropout, blocks.size);
     const auto [x_hat, ld_hat] = input.rows(first, count);
     const Piece shrunk{x_hat, ld_hat, shrink.panels()};
@@ -126,9 +126,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   bf16* dx_data = dx.mutable_data_ptr<bf16>();
   const float* h_data = h.const_data_ptr<float>();
   const Blocks blocks(tokens);
-  TokenSums sums(blocks.count, dB_offsets.back());
-  blocks.each([&](int64_t block, int64_t first, int64_t count) {
-    float* const total = sums.of(block);
+  TokenSums sums(blocks.runs, dB_offsets.back());
+  blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
+    float* const total = sums.of(run);
     Columns columns(ranks);
     const Scratch<bf16> g(count * ranks);
     std::vector<Piece> pieces;
@@ -137,13 +137,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
       const bf16* dy = dys[i].const_data_ptr<bf16>() + first * ld;
       adapters.project(i, dy, ld, count, shrinks[i], g.data());
       columns.product(
-          h_data + first * ranks + adapters.offsets[i], ranks, adapters.rank(i), dy, ld, count, out,
+          !starts, h_data + first * ranks + adapters.offsets[i], ranks, adapters.rank(i), dy, ld, count, out,
           total + dB_offsets[i]);
       if (needs_dx) pieces.push_back({dy, ld, bases[i].panels()});
     }
     Input input(x, dropout, blocks.size);
     const auto [x_hat, ld_hat] = input.rows(first, count);
-    columns.product(g.data(), ranks, ranks, x_hat, ld_hat, count, features, total);
+    columns.product(!starts, g.data(), ranks, ranks, x_hat, ld_hat, count, features, total);
     if (!needs_dx) return;
     bf16* target = dx_data + first * features;
     const Piece low_rank{g.data(), ranks, spread.panels()};
