@@ -562,13 +562,19 @@ void pair_tokens(Scratch<uint32_t>& out, const T* values, int64_t ld, int64_t to
     }
 }
 
-// Blocks of rows, in runs of a few that threads take from a common counter: on a shared machine a thread that is held up
+// Rows of so many inner indices that stay in second-level cache while panels pass, when tiles have all of them read anew
+// for every two panels.
+inline int64_t rows_in_cache(int64_t inner) {
+  constexpr int64_t kMost = 256, kFewest = 64, kElements = 1 << 19;
+  return tile_registers_in_use() ? std::clamp(kElements / std::max<int64_t>(inner, 1), kFewest, kMost) : kMost;
+}
+
+// Blocks of at most so many rows, in runs of a few that threads take from a common counter: on a shared machine a thread that is held up
 // does less. What is summed over rows is summed once a run, so that it does not depend on which thread took which.
 struct Blocks {
   int64_t rows, size, run, runs;
 
-  // Blocks of at most so many rows, whose activations should stay in second-level cache.
-  explicit Blocks(int64_t rows, int64_t most = 256) : rows(rows) {
+  Blocks(int64_t rows, int64_t most) : rows(rows) {
     // As many for every thread, in whole strips.
     const int64_t threads = at::get_num_threads(), rounds = (rows + most * threads - 1) / (most * threads);
     const int64_t even = (rows + threads * rounds - 1) / std::max<int64_t>(threads * rounds, 1);

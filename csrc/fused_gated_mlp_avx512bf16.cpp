@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   bf16* const up_data = up.mutable_data_ptr<bf16>();
   float* const h_data = h.mutable_data_ptr<float>();
   const int64_t ld = x.stride(0);
-  Blocks(tokens).each([&](int64_t, bool, int64_t first, int64_t count) {
+  Blocks(tokens, rows_in_cache(hidden)).each([&](int64_t, bool, int64_t first, int64_t count) {
     const bf16* rows = x_data + first * ld;
     bf16* const gate_rows = gate_data + first * width;
     bf16* const up_rows = up_data + first * width;
@@ -126,7 +126,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
   const int64_t dA_mid = TokenSums::size(in.ranks, hidden), dB_gate = dA_mid + TokenSums::size(mid.ranks, width),
                 dB_up = dB_gate + TokenSums::size(in.rank(0), width), dB_down = dB_up + TokenSums::size(in.rank(1), width);
   // Three matrices of the MLP's width beside the sums: half the rows leave room for them in second-level cache.
-  const Blocks blocks(tokens, tile_registers_in_use() ? 128 : 256);
+  const Blocks blocks(tokens, tile_registers_in_use() ? rows_in_cache(hidden) / 2 : 256);
   TokenSums sums(blocks.runs, dB_down + TokenSums::size(mid.ranks, out));
   blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
     float* const total = sums.of(run);

@@ -79,7 +79,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
   float* h_data = h.mutable_data_ptr<float>();
   const bf16* x_data = x.const_data_ptr<bf16>();
   const int64_t ld = x.stride(0), ranks = adapters.ranks;
-  const Blocks blocks(tokens);
+  const Blocks blocks(tokens, rows_in_cache(x.size(1)));
   blocks.each([&](int64_t, bool, int64_t first, int64_t count) {
     Input input(x, dropout, blocks.size);
     const auto [x_hat, ld_hat] = input.rows(first, count);
@@ -125,7 +125,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   at::Tensor dx = needs_dx ? at::empty({tokens, features}, x.options()) : at::empty({0}, x.options());
   bf16* dx_data = dx.mutable_data_ptr<bf16>();
   const float* h_data = h.const_data_ptr<float>();
-  const Blocks blocks(tokens);
+  int64_t widest = features;
+  for (const at::Tensor& w : weights) widest = std::max(widest, w.size(0));
+  const Blocks blocks(tokens, rows_in_cache(widest));
   TokenSums sums(blocks.runs, dB_offsets.back());
   blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
     float* const total = sums.of(run);
