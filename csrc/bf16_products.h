@@ -71,7 +71,7 @@ struct Panels {
   const uint16_t* panel(int64_t index) const { return data + index * stride; }
 };
 
-enum class Into { kFloat, kAddBfloat16 };
+enum class Into { kFloat, kAddFloat, kAddBfloat16 };
 
 // kRows rows of C against kPanels panels of B.
 template <int kRows, int kPanels, Into kInto>
@@ -99,8 +99,11 @@ inline void row_kernel(const bf16* a, int64_t lda, const Panels& b, int64_t pane
     const int64_t column = (panel + p) * kLanes;
     const __mmask16 mask = first_lanes(b.outer - column);
     for (int m = 0; m < kRows; ++m) {
-      if constexpr (kInto == Into::kFloat) {
-        _mm512_mask_storeu_ps(static_cast<float*>(c) + m * ldc + column, mask, sum[m][p]);
+      if constexpr (kInto != Into::kAddBfloat16) {
+        float* target = static_cast<float*>(c) + m * ldc + column;
+        if constexpr (kInto == Into::kAddFloat)
+          sum[m][p] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), sum[m][p]);
+        _mm512_mask_storeu_ps(target, mask, sum[m][p]);
       } else {
         bf16* target = static_cast<bf16*>(c) + m * ldc + column;
         const __m512 before = widen(_mm256_maskz_loadu_epi16(mask, target));
@@ -126,7 +129,7 @@ void row_strip(const bf16* a, int64_t lda, const Panels& b, void* c, int64_t ldc
 // C [rows, b.outer] = or += a [rows, b.inner] B. The fewer panels, the more rows it takes to keep the adders busy.
 template <Into kInto>
 void rows_product(const bf16* a, int64_t lda, int64_t rows, const Panels& b, void* c, int64_t ldc) {
-  constexpr int64_t kSize = kInto == Into::kFloat ? sizeof(float) : sizeof(bf16);
+  constexpr int64_t kSize = kInto == Into::kAddBfloat16 ? sizeof(bf16) : sizeof(float);
   int64_t m = 0;
   [[maybe_unused]] const auto strips = [&]<int kRows>(std::integral_constant<int, kRows>) {
     for (; m + kRows <= rows; m += kRows)
@@ -210,7 +213,7 @@ constexpr std::array<ColumnKernel, sizeof...(kCounts)> column_kernels(std::integ
 constexpr auto kColumnKernels = column_kernels(std::make_integer_sequence<int, kMaxRanks>{});
 
 // C [ranks, columns] += coefficientsᵀ z over one block of tokens. C's rows are `row` apart, and every 32 columns of it `block`.
-void columns_product(
+inline void columns_product(
     const uint32_t* coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c, int64_t row,
     int64_t block) {
   const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;

@@ -8,14 +8,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aletheia_kernels import backends, range_attention
+from aletheia_kernels import cpu, range_attention
 
-# The compiled operator serves bfloat16 alone, and where the processor has its products.
-COMPILED = backends.choose("range_attention", "cpu", torch.bfloat16).backend == "cpu"
+# The compiled operator serves bfloat16 alone, on the instruction sets that have its products.
+SERVING = [name for name in cpu.offered_instruction_sets() if name in ("avx512_bf16", "amx_bf16")]
 CASES = [
-    ("reference", torch.float32),
-    ("reference", torch.bfloat16),
-    *([("cpu", torch.bfloat16)] if COMPILED else []),
+    ("reference", "", torch.float32),
+    ("reference", "", torch.bfloat16),
+    *(("cpu", name, torch.bfloat16) for name in SERVING),
 ]
 SETTINGS = settings(
     max_examples=25,
@@ -24,10 +24,12 @@ SETTINGS = settings(
 )
 
 
-@pytest.fixture(params=CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in CASES])
+@pytest.fixture(params=CASES, ids=["-".join([*filter(None, case[:2]), str(case[2])[6:]]) for case in CASES])
 def dtype(request, monkeypatch) -> torch.dtype:
-    monkeypatch.setenv("ALETHEIA_BACKEND", request.param[0])
-    return request.param[1]
+    backend, instruction_set, dtype = request.param
+    monkeypatch.setenv("ALETHEIA_BACKEND", backend)
+    monkeypatch.setenv("ALETHEIA_CPU_ISA", instruction_set)
+    return dtype
 
 
 def operands(batch, heads, groups, length, dim, dtype, seed=0) -> list[Tensor]:
@@ -82,6 +84,9 @@ def with_gradients(attend, qkv: list[Tensor], grad: Tensor, as_dtype: torch.dtyp
     seed=st.integers(0, 999),
 )
 @example(batch=2, groups=3, per_group=3, length=97, dim=64, kind="causal", seed=0)
+@example(batch=1, groups=2, per_group=2, length=301, dim=40, kind="window", seed=0)
+@example(batch=1, groups=1, per_group=2, length=300, dim=65, kind="packed", seed=0)
+@example(batch=1, groups=2, per_group=1, length=289, dim=96, kind="full", seed=0)
 def test_equals_the_definition(dtype, two_times_rule, batch, groups, per_group, length, dim, kind, seed):
     *qkv, grad = operands(batch, groups * per_group, groups, length, dim, dtype, seed)
     first, last = kinds(kind, batch, length, seed)
@@ -118,6 +123,42 @@ def test_strided_operands_and_the_layout_of_the_output(dtype):
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]
     assert torch.equal(range_attention(*strided, first, last), expected)
     assert expected.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(("length", "dim"), [(30, 16), (45, 24), (64, 64), (131, 33)])
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_nothing_beside_the_operands_is_read(dtype, length, dim, kind):
+    *qkv, grad = operands(2, 4, 2, length, dim, dtype)
+    first, last = kinds(kind, 2, length, 0)
+    expected = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    # Rows end, and the last row ends, where NaN begins: any that enters a product shows.
+    around = [t.new_full((*t.shape[:2], length + 1, dim + 1), torch.nan) for t in (*qkv, grad)]
+    inside = [t[:, :, :length, :dim] for t in around]
+    for window, t in zip(inside, (*qkv, grad), strict=True):
+        window.copy_(t)
+    leaves = [t.requires_grad_() for t in inside[:3]]
+    o = range_attention(*leaves, first, last)
+    given = dict(zip(expected, (o.detach(), *torch.autograd.grad(o, leaves, inside[3])), strict=True))
+    for name, tensor in expected.items():
+        assert torch.equal(given[name], tensor), name
+
+
+@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("real", [1, 16, 17, 37, 64, 90])
+def test_keys_that_no_query_sees_may_hold_anything(monkeypatch, name, real):
+    monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
+    monkeypatch.setenv("ALETHEIA_CPU_ISA", name)
+    dtype = torch.bfloat16
+    *qkv, grad = operands(1, 4, 2, 100, 40, dtype)
+    position = torch.arange(100, dtype=torch.int32)[None]
+    last = torch.where(position < real, position + 1, position)  # causal, then padding: empty ranges
+    first = torch.where(position < real, 0, position).int()
+    expected = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    for t in qkv[1:]:
+        t[:, :, real:] = torch.nan
+    given = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    for which, tensor in expected.items():
+        assert torch.equal(given[which], tensor), which
 
 
 def test_large_scores_do_not_overflow(dtype, two_times_rule):
