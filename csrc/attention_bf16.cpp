@@ -2,10 +2,10 @@
 // (mathematics: aletheia_kernels/reference/attention.py).
 //
 // One task is one sequence's one key head with all the query heads that read it: what is packed of keys and values
-// serves them all, and dK, dV are summed by one thread alone. Scores are computed as K qᵀ: a group of 32 queries lies in
-// the lanes of two registers, so that maxima, sums and ranges are lane by lane, and the rows of Pᵀ and dSᵀ are left
-// factors of dV and dK as they are. A group's scores lie in cache as one strip of the keys that any of its queries sees,
-// so there is no running maximum and nothing outside is computed.
+// serves them all, and dK, dV are summed by one thread alone. Scores are computed as K qᵀ: a group of 32 queries lies
+// in the lanes of two registers, so that maxima, sums and ranges are lane by lane, and the rows of Pᵀ and dSᵀ are left
+// factors of dV and dK as they are. A group's scores lie in cache as one strip of the keys that any of its queries
+// sees, so there is no running maximum and nothing outside is computed.
 #include <ATen/Parallel.h>
 
 #include <atomic>
@@ -23,8 +23,8 @@
 namespace aletheia {
 namespace {
 
-constexpr int64_t kGroup = 2 * kLanes;   // queries side by side: two registers of scores, a tile's inner indices
-constexpr int64_t kQueries = 4 * kGroup;  // queries that enter dK and dV at a time: their sums pass through memory once
+constexpr int64_t kGroup = 2 * kLanes;    // queries side by side: two registers of scores, a tile's inner indices
+constexpr int64_t kQueries = 4 * kGroup;  // queries whose shares of dK and dV are added at a time
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 constexpr int64_t in_groups(int64_t count) { return (count + kGroup - 1) / kGroup * kGroup; }
@@ -200,8 +200,8 @@ struct Group {
   }
 };
 
-// 2^t = 2^⌊t⌋ 2^f by the polynomial of degree 4 that is exact at f = 0 and 1 and elsewhere off by at most 3.4e-6 of it, a
-// six hundredth of bfloat16's roundoff. Stops at 2^-126: smaller numbers take the processor a hundred times as long.
+// 2^t = 2^⌊t⌋ 2^f, 2^f by the polynomial of degree 4 that is exact at 0 and 1 and else off by at most 3.4e-6 of it: a
+// five hundredth of bfloat16's roundoff. Stops at 2^-126: smaller numbers take a hundred times as long.
 inline __m512 power_of_two(__m512 t) {
   t = _mm512_max_ps(_mm512_set1_ps(-126.0f), t);
   const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -236,8 +236,8 @@ void store_queries(
         const int64_t query = lane / 4 * 8 + panel * 4 + lane % 4;
         if (query >= queries) continue;
         const __m512 factor = _mm512_set1_ps(factors[query]);
-        const __m512i both = narrow_both(
-            {_mm512_mul_ps(_mm512_castsi512_ps(low[lane]), factor), _mm512_mul_ps(_mm512_castsi512_ps(high[lane]), factor)});
+        const __m512 left = _mm512_mul_ps(_mm512_castsi512_ps(low[lane]), factor);
+        const __m512i both = narrow_both({left, _mm512_mul_ps(_mm512_castsi512_ps(high[lane]), factor)});
         _mm512_mask_storeu_epi16(out + query * ldo + feature, first_pairs_of_lanes(features - feature), both);
       }
     }
@@ -367,7 +367,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 
   on_threads(tasks, [&](auto take) {
     Products products;
-    const Scratch<uint16_t> keys_transposed(width * transposed_row(keys)), columns(width * kGroup), rows(width * kQueries);
+    const Scratch<uint16_t> keys_transposed(width * transposed_row(keys));
+    const Scratch<uint16_t> columns(width * kGroup), rows(width * kQueries);
     const Scratch<float> dk_sums(keys * width), dv_sums(keys * width), sums(width * kGroup);
     const Scratch<float> scores(in_groups(keys) * kGroup), dweights(in_groups(keys) * kGroup);
     const Scratch<uint16_t> pairs(in_groups(keys) * kGroup);
