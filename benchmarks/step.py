@@ -31,6 +31,7 @@ from low_rank import low_rank
 from rich.console import Console
 from rich.table import Table
 
+from aletheia_kernels import cpu
 from aletheia_tune.environment import peak_memory_mb
 
 BATCH, LENGTH, RANK, RATE = 4, 512, 16, 2e-4
@@ -367,6 +368,7 @@ def main() -> int:
             "allocator": options.allocator,
             "threads": options.threads,
             "machine": platform.processor() or platform.machine(),
+            "instruction_set": cpu.instruction_set(),
             "objection": refusal,
             "low_rank_s": adapters.seconds,
             "low_rank_floor_s": adapters.floor_seconds,

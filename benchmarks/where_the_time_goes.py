@@ -1,11 +1,13 @@
 """The tables and the picture of docs/where-the-time-goes.md, made from results of step.py.
 
-    python benchmarks/step.py MODEL_DIR --profile --compiled --json benchmarks/results/step-tuned.json
-    python benchmarks/step.py MODEL_DIR --profile --allocator default --json benchmarks/results/step-default.json
-    python benchmarks/where_the_time_goes.py benchmarks/results/step-tuned.json benchmarks/results/step-default.json
+    python benchmarks/step.py MODEL_DIR --profile --compiled --json tuned.json
+    python benchmarks/step.py MODEL_DIR --profile --allocator default --json default.json
+    python benchmarks/where_the_time_goes.py tuned.json default.json
 
-The second result is optional; of it only PEFT's arms are shown, which alone ran there without tune_allocator(). Parts
-are timed in one step under the profiler, which costs something itself: each arm's are scaled to add up to its median.
+The page has tables and a picture for every instruction set of which benchmarks/results holds a run; a result says which
+it is of. The second one is optional; of it only PEFT's arms are shown, which alone ran there without tune_allocator().
+Parts are timed in one step under the profiler, which costs something itself: each arm's are scaled to add up to its
+median.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ from matplotlib.figure import Figure
 from step import FROZEN, PARTS, UNIFORM
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGE, PICTURE = DOCS / "where-the-time-goes.md", DOCS / "where-the-time-goes.svg"
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
+PAGE = DOCS / "where-the-time-goes.md"
 
 # Arms in the order shown.
 LABELS = {
@@ -45,7 +46,16 @@ COLOURS = dict(
     )
 )
 # What a result must have beside the arms.
-FIGURES = ("floor_s", "low_rank_s", "low_rank_floor_s", "exact", "allocator", "threads", "machine")
+FIGURES = (
+    "floor_s",
+    "low_rank_s",
+    "low_rank_floor_s",
+    "exact",
+    "allocator",
+    "threads",
+    "machine",
+    "instruction_set",
+)
 STYLE: dict[Any, Any] = {"svg.hashsalt": "aletheia", "font.family": "DejaVu Sans", "font.size": 10}
 
 
@@ -110,8 +120,8 @@ def markdown(lines: list[tuple[str, ...]]) -> str:
 def tables(shown: list[Row], run: dict[str, Any]) -> str:
     steps = len(run["exact"]["losses"]) - 1
     notes = (
-        f"{run['threads']} threads, {run['machine']}; median of {steps} steps. The products alone take "
-        f"{run['floor_s']:.2f} s; the low-rank work of our operators takes "
+        f"{run['threads']} threads, {run['machine']} with {run['instruction_set']}; median of {steps} steps. "
+        f"The products alone take {run['floor_s']:.2f} s; the low-rank work of our operators takes "
         f"{run['low_rank_s'] / run['low_rank_floor_s']:.2f} times its FLOPs at the products' rate (both timed after "
         'the steps). "÷ products" and "÷ ours" compare within one run.'
     )
@@ -180,13 +190,15 @@ def picture(groups: list[list[Row]]) -> Figure:
     return figure
 
 
-def rewrite(page: Path, table: str) -> None:
+def rewrite(page: Path, instruction_set: str, table: str) -> None:
+    """Replaces what stands between the instruction set's marks."""
+    opening, closing = f"<!-- {instruction_set} -->", f"<!-- /{instruction_set} -->"
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not (begin and end):
-        sys.exit(f"{page}: no {BEGIN} followed by {END}")
-    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        sys.exit(f"{page}: no {opening} followed by {closing}")
+    page.write_text(f"{before}{opening}\n{table}\n{closing}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -206,15 +218,15 @@ def main() -> int:
         default = load(options.default)
         if default["allocator"] != "default":
             parser.error(f"{options.default} is of the {default['allocator']} allocator; expected default")
-        if any(default[key] != tuned[key] for key in ("threads", "machine")):
+        if any(default[key] != tuned[key] for key in ("threads", "machine", "instruction_set")):
             parser.error(f"{options.default} was not run on the machine and threads of {options.tuned}")
         names = [name for name in LABELS if name in default["arms"] and name.startswith("peft")]
         groups.insert(0, rows(default, names, ", untuned"))
 
     table = tables([row for group in groups for row in group], tuned)
-    rewrite(PAGE, table)
+    rewrite(PAGE, tuned["instruction_set"], table)
     with matplotlib.rc_context(STYLE):
-        picture(groups).savefig(PICTURE, metadata={"Date": None})
+        picture(groups).savefig(DOCS / f"{PAGE.stem}-{tuned['instruction_set']}.svg", metadata={"Date": None})
     print(table)
     return 0
 
