@@ -71,11 +71,11 @@ struct Panels {
   const uint16_t* panel(int64_t index) const { return data + index * stride; }
 };
 
-enum class Into { kFloat, kAddFloat, kAddBfloat16 };
+enum class Into { kFloat, kAddFloat };
 
 // kRows rows of C against kPanels panels of B.
 template <int kRows, int kPanels, Into kInto>
-inline void row_kernel(const bf16* a, int64_t lda, const Panels& b, int64_t panel, void* c, int64_t ldc) {
+inline void row_kernel(const bf16* a, int64_t lda, const Panels& b, int64_t panel, float* c, int64_t ldc) {
   __m512 sum[kRows][kPanels];
   for (int m = 0; m < kRows; ++m)
     for (int p = 0; p < kPanels; ++p) sum[m][p] = _mm512_setzero_ps();
@@ -99,23 +99,16 @@ inline void row_kernel(const bf16* a, int64_t lda, const Panels& b, int64_t pane
     const int64_t column = (panel + p) * kLanes;
     const __mmask16 mask = first_lanes(b.outer - column);
     for (int m = 0; m < kRows; ++m) {
-      if constexpr (kInto != Into::kAddBfloat16) {
-        float* target = static_cast<float*>(c) + m * ldc + column;
-        if constexpr (kInto == Into::kAddFloat)
-          sum[m][p] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), sum[m][p]);
-        _mm512_mask_storeu_ps(target, mask, sum[m][p]);
-      } else {
-        bf16* target = static_cast<bf16*>(c) + m * ldc + column;
-        const __m512 before = widen(_mm256_maskz_loadu_epi16(mask, target));
-        _mm256_mask_storeu_epi16(target, mask, narrow(_mm512_add_ps(before, sum[m][p])));
-      }
+      float* target = c + m * ldc + column;
+      if constexpr (kInto == Into::kAddFloat) sum[m][p] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), sum[m][p]);
+      _mm512_mask_storeu_ps(target, mask, sum[m][p]);
     }
   }
 }
 
 // kRows rows of C from end to end: what is added to is read in order, and the rows of a stay in first-level cache.
 template <int kRows, Into kInto>
-void row_strip(const bf16* a, int64_t lda, const Panels& b, void* c, int64_t ldc) {
+void row_strip(const bf16* a, int64_t lda, const Panels& b, float* c, int64_t ldc) {
   for (int64_t panel = 0; panel < b.count(); panel += kMaxPanels) {
     switch (std::min(kMaxPanels, b.count() - panel)) {
       case 1: row_kernel<kRows, 1, kInto>(a, lda, b, panel, c, ldc); break;
@@ -128,12 +121,11 @@ void row_strip(const bf16* a, int64_t lda, const Panels& b, void* c, int64_t ldc
 
 // C [rows, b.outer] = or += a [rows, b.inner] B. The fewer panels, the more rows it takes to keep the adders busy.
 template <Into kInto>
-void rows_product(const bf16* a, int64_t lda, int64_t rows, const Panels& b, void* c, int64_t ldc) {
-  constexpr int64_t kSize = kInto == Into::kAddBfloat16 ? sizeof(bf16) : sizeof(float);
+void rows_product(const bf16* a, int64_t lda, int64_t rows, const Panels& b, float* c, int64_t ldc) {
   int64_t m = 0;
   [[maybe_unused]] const auto strips = [&]<int kRows>(std::integral_constant<int, kRows>) {
     for (; m + kRows <= rows; m += kRows)
-      row_strip<kRows, kInto>(a + m * lda, lda, b, static_cast<char*>(c) + m * ldc * kSize, ldc);
+      row_strip<kRows, kInto>(a + m * lda, lda, b, c + m * ldc, ldc);
   };
   if (b.count() == 1) strips(std::integral_constant<int, 12>{});
   if (b.count() <= 3) strips(std::integral_constant<int, 8>{});
@@ -212,17 +204,17 @@ constexpr std::array<ColumnKernel, sizeof...(kCounts)> column_kernels(std::integ
 }
 constexpr auto kColumnKernels = column_kernels(std::make_integer_sequence<int, kMaxRanks>{});
 
-// C [ranks, columns] += coefficientsᵀ z over one block of tokens. C's rows are `row` apart, and every 32 columns of it `block`.
+// C [ranks, columns], which lies as [columns / 32][ranks][32], += coefficientsᵀ z over one block of tokens.
 inline void columns_product(
-    const uint32_t* coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c, int64_t row,
-    int64_t block) {
+    const uint32_t* coefficients, int64_t ranks, const Interleaved& z, int64_t columns, float* c) {
+  constexpr int64_t kRow = 2 * kLanes;
   const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;
   for (int64_t column = 0; column < columns; column += 2 * kLanes)
     for (int64_t pass = 0, rank = 0; pass < passes; ++pass) {
       const int64_t count = (ranks - rank + passes - pass - 1) / (passes - pass);
       kColumnKernels[count - 1](
           coefficients + rank, ranks, z.pairs, z.columns(column), columns - column,
-          c + rank * row + column / (2 * kLanes) * block, row);
+          c + column * ranks + rank * kRow, kRow);
       rank += count;
     }
 }

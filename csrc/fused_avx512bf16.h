@@ -209,7 +209,7 @@ class Columns {
       const T* c, int64_t ldc, int64_t ranks, const bf16* rows, int64_t ld, int64_t tokens, int64_t columns, float* C) {
     pair_tokens(pairs_, c, ldc, tokens, ranks);
     interleaved_.load(rows, ld, tokens, columns);
-    columns_product(pairs_.data(), ranks, interleaved_, columns, C, TokenSums::kColumns, ranks * TokenSums::kColumns);
+    columns_product(pairs_.data(), ranks, interleaved_, columns, C);
   }
   // A few columns of z at a time, so that they are multiplied while they are in first-level cache.
   template <typename T>
