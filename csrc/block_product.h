@@ -27,7 +27,7 @@
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prfchw")
 
 namespace aletheia {
 namespace {
@@ -110,9 +110,19 @@ inline bool tile_registers_in_use() { return instruction_set() == InstructionSet
 
 enum class Packing { kRows, kColumns };  // the source's rows are B's rows (the inner index), or B's columns
 
+// How far ahead of its reader a line is fetched.
+struct Lead {
+  int64_t rows, columns;
+};
+
+// The order of 32 columns in two panels: as they are, or as they leave one instruction that pairs rows, in which
+// columns 0-3 of every eight lie in the first panel and 4-7 in the second.
+enum class Order { kColumns, kHalvesOfEight };
+
 // Columns [first, end) of rows as panels, with zeros up to `padded` rows: the rows of each pair interleaved.
-inline void interleave(const Rows& rows, int64_t first, int64_t end, int64_t padded, uint16_t* panels, int64_t stride) {
-  constexpr int64_t kRowsAhead = 16;  // weights come from memory, and lines this far apart from no hardware prefetch
+template <Order kOrder>
+inline void interleave(
+    const Rows& rows, int64_t first, int64_t end, int64_t padded, uint16_t* panels, int64_t stride, Lead lead) {
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
   const int64_t count = rows.count(), whole = first + (end - first) / (2 * kLanes) * (2 * kLanes);
@@ -120,21 +130,26 @@ inline void interleave(const Rows& rows, int64_t first, int64_t end, int64_t pad
     constexpr int64_t kBytes = is_wide ? 4 : 2;
     const auto put = [&](__m512i even, __m512i odd, uint16_t* target, bool both) __attribute__((always_inline)) {
       const __m512i a = _mm512_unpacklo_epi16(even, odd), b = _mm512_unpackhi_epi16(even, odd);
-      _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
-      if (both) _mm512_storeu_si512(target + stride, _mm512_permutex2var_epi32(a, high, b));
+      if constexpr (kOrder == Order::kHalvesOfEight) {
+        _mm512_storeu_si512(target, a);
+        _mm512_storeu_si512(target + stride, b);
+      } else {
+        _mm512_storeu_si512(target, _mm512_permutex2var_epi32(a, low, b));
+        if (both) _mm512_storeu_si512(target + stride, _mm512_permutex2var_epi32(a, high, b));
+      }
     };
     constexpr __mmask32 kAll = ~__mmask32(0);
     for (int64_t k = 0; k < padded; k += 2) {
       const void* const even = rows.rows[std::min(k, count - 1)];
       const void* const odd = rows.rows[std::min(k + 1, count - 1)];
-      const char* const ahead = static_cast<const char*>(rows.rows[std::min(k + kRowsAhead, count - 1)]);
-      const char* const ahead_odd = static_cast<const char*>(rows.rows[std::min(k + 1 + kRowsAhead, count - 1)]);
+      const char* const ahead = static_cast<const char*>(rows.rows[std::min(k + lead.rows, count - 1)]);
+      const char* const ahead_odd = static_cast<const char*>(rows.rows[std::min(k + 1 + lead.rows, count - 1)]);
       uint16_t* target = panels + k * kLanes;
       int64_t column = first;
       if (k + 1 < count)
         for (; column < whole; column += 2 * kLanes, target += 2 * stride) {
-          _mm_prefetch(ahead + column * kBytes, _MM_HINT_T0);
-          _mm_prefetch(ahead_odd + column * kBytes, _MM_HINT_T0);
+          _mm_prefetch(ahead + (column + lead.columns) * kBytes, _MM_HINT_T0);
+          _mm_prefetch(ahead_odd + (column + lead.columns) * kBytes, _MM_HINT_T0);
           put(load_row<is_wide>(even, column, kAll), load_row<is_wide>(odd, column, kAll), target, true);
         }
       for (; column < end; column += 2 * kLanes, target += 2 * stride) {
@@ -172,11 +187,13 @@ class PackedB {
     for (int64_t column = unit * kUnit; column < end; column += kLanes)
       if (as_ == Packing::kColumns) pack_columns(column);
     if (as_ == Packing::kRows)
-      interleave(source_, unit * kUnit, end, padded_, data_.data() + unit * kUnit / kLanes * stride_, stride_);
+      interleave<Order::kColumns>(
+          source_, unit * kUnit, end, padded_, data_.data() + unit * kUnit / kLanes * stride_, stride_, kLead);
   }
 
  private:
   static constexpr int64_t kUnit = kMaxPanels * kLanes;
+  static constexpr Lead kLead{16, 0};  // weights come from memory, and lines a row apart from no hardware prefetch
 
   static Rows rows_of(const at::Tensor& t) {
     Rows rows;
@@ -305,6 +322,7 @@ constexpr int64_t kSweep = 2048;  // inner indices summed in registers before th
 // One way to the sums of a strip of rows, [row][panel][lane] with room for kMaxPanels.
 struct VectorStrips {
   static constexpr int64_t kPanels = kMaxPanels, kRows = 12, kInner = 2;
+  static constexpr bool kEvenRows = false;
 
   Ahead ahead;
 
@@ -331,14 +349,17 @@ struct VectorStrips {
 // The same in tile registers.
 struct TileStrips {
   static constexpr int64_t kPanels = 2, kRows = 2 * kTileRows, kInner = kTileInner;
+  static constexpr bool kEvenRows = true;  // in every strip but the last
 
   TileRegisters registers;
   int64_t fetched = 0;
+  bool passes_once = false;  // A, since B is no wider than a strip
 
   static int64_t tall(int64_t) { return kRows; }
   static int64_t height(int64_t tall, int64_t left) { return std::min(tall, left); }
-  void enter(const Stretch*, const Stretch*, int64_t, int64_t, int64_t rows, int64_t tall) {
+  void enter(const Stretch*, const Stretch*, int64_t, int64_t panels, int64_t rows, int64_t tall) {
     fetched = rows > 4 * tall ? 4 : 8;
+    passes_once = panels <= kPanels;
   }
   template <typename Between>
   void sum(
@@ -351,15 +372,20 @@ struct TileStrips {
           _mm512_store_ps(after + (m * kPanels + p) * kLanes, _mm512_loadu_ps(start + (panel + p) * kLanes));
       before = after;
     }
-    const auto run = rows > kTileRows ? (panels == 2 ? strip<2, 2, Between> : strip<2, 1, Between>)
-                                      : (panels == 2 ? strip<1, 2, Between> : strip<1, 1, Between>);
+    const auto choose = [&](auto once) {
+      return rows > kTileRows ? (panels == 2 ? strip<2, 2, once, Between> : strip<2, 1, once, Between>)
+                              : (panels == 2 ? strip<1, 2, once, Between> : strip<1, 1, once, Between>);
+    };
+    const auto run = passes_once ? choose(std::true_type{}) : choose(std::false_type{});
     run(begin, end, row, panel, before, after, fetched, between);
   }
 
  private:
+  static constexpr int64_t kLead = 8;
+
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
-  template <int kBands, int kWidth, typename Between>
+  template <int kBands, int kWidth, bool kOnce, typename Between>
   static __attribute__((noinline)) void strip(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* before, float* after,
       int64_t fetched, Between&& between) {
@@ -383,12 +409,21 @@ struct TileStrips {
       const uint16_t* next = b + (2 + part / kLanes) * s->stride + part % kLanes * kLine;
       const bf16* a = s->a + row * s->lda;
       const int64_t row_bytes = s->lda * static_cast<int64_t>(sizeof(bf16)), band = kTileRows * s->lda, stride = s->stride;
+      // What passes once comes from wherever it is, and rows apart from no hardware prefetch: its next lines, and past
+      // the stretch's end those of the strip below.
+      const int64_t lead = std::min(kLead * kTileInner, s->inner), below = kBands * band - s->inner;
       for (int64_t k = 0; k < s->inner; k += kTileInner, a += kTileInner) {
+        if constexpr (kOnce) {
+          const char* ahead = reinterpret_cast<const char*>(a + lead + (k + lead < s->inner ? 0 : below));
+#pragma GCC unroll 32
+          for (int m = 0; m < kBands * kTileRows; ++m, ahead += row_bytes) _mm_prefetch(ahead, _MM_HINT_T0);
+        }
         tile_load<6>(b, 4 * kLanes);
         tile_load<4>(a, row_bytes);
         tile_multiply_add<0, 4, 6>();
-        for (int64_t line = 0; line < fetched; ++line)
-          _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
+        if constexpr (!kOnce)
+          for (int64_t line = 0; line < fetched; ++line)
+            _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
         if constexpr (kWidth == 2) {
           tile_load<7>(b + stride, 4 * kLanes);
           tile_multiply_add<1, 4, 7>();
@@ -408,34 +443,117 @@ struct TileStrips {
 #pragma GCC pop_options
 };
 
-// Sums of a strip on their way through an epilogue, which is cheapest a row at a time between a later strip's products:
-// what it stores then waits for its lines while the multipliers work.
+// An epilogue that takes the rows of a strip two by two, and is told when it has had every row of some columns.
 template <typename Epilogue>
+concept TwoByTwo = requires(Epilogue& epilogue, int64_t n, const float* sums) {
+  epilogue.two_rows(n, n, n, n, sums, n);
+};
+
+// An epilogue that can fetch what it will read and write of a row, long before it is called: outputs lie in memory that
+// was last touched a step ago.
+template <typename Epilogue>
+concept Fetches = requires(const Epilogue& epilogue, int64_t n) { epilogue.fetch(n, n); };
+
+inline void fetch_to_write(const void* line) { __builtin_prefetch(line, 1, 3); }
+
+// Rows that somebody reads after this product, and that may come near meanwhile: one after another in memory.
+struct Errand {
+  const char *line = nullptr, *end = nullptr;
+
+  Errand() = default;
+  Errand(const bf16* rows, int64_t ld, int64_t count, int64_t columns) {
+    constexpr int64_t kMostSkipped = 2;  // of what lies between the rows, not much is worth fetching
+    if (ld > kMostSkipped * columns) return;
+    line = reinterpret_cast<const char*>(rows);
+    end = reinterpret_cast<const char*>(rows + (count - 1) * ld + columns);
+  }
+};
+
+class Errands {
+ public:
+  void add(const Errand& errand) { errands_.push_back(errand); }
+  __attribute__((always_inline)) void run() {
+    constexpr int64_t kLine = 64, kLinesAStep = 3;
+    if (next_ == errands_.size()) return;
+    Errand& errand = errands_[next_];
+    for (int64_t i = 0; i < kLinesAStep; ++i) _mm_prefetch(errand.line + i * kLine, _MM_HINT_T1);
+    errand.line += kLinesAStep * kLine;
+    if (errand.line >= errand.end) ++next_;
+  }
+
+ private:
+  std::vector<Errand> errands_;
+  size_t next_ = 0;
+};
+
+// Sums of a strip on their way through an epilogue, which is cheapest a row or two at a time between a later strip's
+// products: what it stores then waits for its lines while the multipliers work. So does what the strip in the making will
+// read and write.
+template <typename Strips, typename Epilogue>
 struct Leaving {
+  static constexpr bool kTwoByTwo = Strips::kEvenRows && TwoByTwo<Epilogue>;
+  static constexpr int64_t kStride = Strips::kPanels * kLanes;
+
+  Strips* strips;
   Epilogue* epilogue;
-  int64_t stride;
+  Errands* errands;
   int64_t row = 0, end = 0, column = 0, columns = 0;
   const float* sums = nullptr;
+  bool closes = false;
+  int64_t coming = 0, coming_end = 0, coming_column = 0;
 
+  void announce(int64_t first, int64_t count, int64_t at) {
+    coming = first;
+    coming_end = first + count;
+    coming_column = at;
+  }
+  void start(int64_t first, int64_t count, int64_t at, int64_t width, const float* from, bool last) {
+    row = first;
+    end = first + count;
+    column = at;
+    columns = width;
+    sums = from;
+    closes = last;
+  }
   __attribute__((always_inline)) void one() {
     (*epilogue)(row, column, columns, sums);
     ++row;
-    sums += stride;
+    sums += kStride;
   }
   __attribute__((always_inline)) void operator()() {
-    if (row < end) one();
-    if (row < end) one();
+    if constexpr (Fetches<Epilogue>)
+      if (coming < coming_end) {
+        epilogue->fetch(coming, coming_column);
+        epilogue->fetch(coming + 1, coming_column);
+        coming += 2;
+      }
+    if (errands) errands->run();
+    leave();
+  }
+  __attribute__((always_inline)) void leave() {
+    if constexpr (kTwoByTwo) {
+      if (row >= end) return;
+      epilogue->two_rows(row, end - row, column, columns, sums, kStride);
+      row += 2;
+      sums += 2 * kStride;
+    } else {
+      if (row < end) one();
+      if (row < end) one();
+    }
   }
   void rest() {
-    while (row < end) one();
+    while (row < end) leave();
+    if constexpr (kTwoByTwo)
+      if (closes) epilogue->columns_done(*strips, column, columns);
+    closes = false;
   }
 };
 
 // The product of one block of rows by one kind of strips, which see block_product.
 template <typename Strips, typename Epilogue>
 void product_by(
-    Strips& strips, const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start,
-    Epilogue epilogue) {
+    Strips& strips, const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue,
+    Errands* errands) {
   std::vector<Stretch> stretches;
   std::vector<size_t> sweeps{0};
   std::vector<Scratch<bf16>> tails;
@@ -471,7 +589,7 @@ void product_by(
   // Two strips' sums, or every row's when they wait for the next sweep.
   const bool wait = sweeps.size() > 2;
   const Scratch<float> sums(kRow * (wait ? rows : 2 * Strips::kRows));
-  Leaving<Epilogue> leaving{&epilogue, kRow};
+  Leaving<Strips, Epilogue> leaving{&strips, &epilogue, errands};
   int64_t strip = 0;
 
   const int64_t panels = (outer + kLanes - 1) / kLanes;
@@ -486,9 +604,10 @@ void product_by(
       for (int64_t row = 0, height = 0; row < rows; row += height, ++strip) {
         height = Strips::height(tall, rows - row);
         float* const target = sums.data() + (wait ? row : strip % 2 * Strips::kRows) * kRow;
+        if (last) leaving.announce(row, height, panel * kLanes);
         strips.sum(begin, end, row, height, panel, width, start, sweep > 0 ? target : nullptr, target, leaving);
         leaving.rest();
-        if (last) leaving = {&epilogue, kRow, row, row + height, panel * kLanes, columns, target};
+        if (last) leaving.start(row, height, panel * kLanes, columns, target, row + height == rows);
       }
       if (wait) leaving.rest();
     }
@@ -499,19 +618,25 @@ void product_by(
 // gets count ≤ 64 sums of a row at a time, 64-byte aligned.
 template <typename Epilogue>
 void block_product(
-    const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue) {
+    const Piece* pieces, size_t count, int64_t rows, int64_t outer, const float* start, Epilogue epilogue,
+    Errands* errands = nullptr) {
   if (tile_registers_in_use()) {
     TileStrips strips;
-    product_by(strips, pieces, count, rows, outer, start, epilogue);
+    product_by(strips, pieces, count, rows, outer, start, epilogue, errands);
   } else {
     VectorStrips strips;
-    product_by(strips, pieces, count, rows, outer, start, epilogue);
+    product_by(strips, pieces, count, rows, outer, start, epilogue, errands);
   }
 }
 
 // Epilogues that only store.
-inline auto store_bfloat16(bf16* c, int64_t ldc) {
-  return [=](int64_t row, int64_t column, int64_t count, const float* sums) __attribute__((always_inline)) {
+struct store_bfloat16 {
+  bf16* c;
+  int64_t ldc;
+
+  store_bfloat16(bf16* c, int64_t ldc) : c(c), ldc(ldc) {}
+  void fetch(int64_t row, int64_t column) const { fetch_to_write(c + row * ldc + column); }
+  __attribute__((always_inline)) void operator()(int64_t row, int64_t column, int64_t count, const float* sums) const {
     bf16* const target = c + row * ldc + column;
     for (int64_t k = 0; k < count; k += 2 * kLanes) {
       const __m512i both =
@@ -521,8 +646,8 @@ inline auto store_bfloat16(bf16* c, int64_t ldc) {
       else
         _mm512_mask_storeu_epi16(target + k, first_pairs_of_lanes(count - k), both);
     }
-  };
-}
+  }
+};
 inline auto store_float(float* c, int64_t ldc) {
   return [=](int64_t row, int64_t column, int64_t count, const float* sums) __attribute__((always_inline)) {
     for (int64_t k = 0; k < count; k += kLanes)
@@ -583,6 +708,11 @@ struct Blocks {
     const int64_t count = (rows + size - 1) / size;
     run = std::max<int64_t>((rounds + 1) / 2, 1);
     runs = (count + run - 1) / run;
+  }
+  // How many rows the block after that of row `first` has, if the same thread does it next; else 0.
+  int64_t rows_after(int64_t first) const {
+    const int64_t end = std::min(rows, (first / (run * size) + 1) * run * size);
+    return std::max<int64_t>(std::min(size, end - first - size), 0);
   }
   template <typename Body>  // body(run, whether its first block, first row, number of rows)
   void each(Body body) const {

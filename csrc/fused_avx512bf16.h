@@ -87,7 +87,7 @@ struct Adapters {
 
 // Gradients of low-rank factors: sums over tokens, one copy a run of blocks so that the result does not depend on which
 // thread took which. A factor's sums [ranks, columns] lie as [columns / 32][ranks][32], which is how both kinds of
-// registers leave them, whole lines one after another.
+// registers leave them, whole lines one after another; tile registers leave the 32 in halves of eight.
 class TokenSums {
  public:
   static constexpr int64_t kColumns = 2 * kLanes;
@@ -130,30 +130,39 @@ class TokenSums {
   };
   void write(const Job& job, int64_t unit) const {
     const __m512 scale = _mm512_set1_ps(job.scale);
-    for (int64_t half = 0; half < kColumns; half += kLanes) {
-      const int64_t column = unit * kColumns + half, columns = std::min(kLanes, job.columns - column);
-      for (int64_t r = 0; r < job.count && columns > 0; r += kLanes) {
-        const int64_t count = std::min(kLanes, job.count - r);
-        __m512i sums[kLanes] = {};
-        for (int64_t i = 0; i < count; ++i) {
-          const float* source = job.source + unit * kColumns * job.ranks + (r + i) * kColumns + half;
-          __m512 sum = _mm512_setzero_ps();
-          for (int64_t run = 0; run < runs_; ++run)
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(source + run * elements_));
-          sums[i] = _mm512_castps_si512(_mm512_mul_ps(sum, scale));
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t r = 0; r < job.count; r += kLanes) {
+      const int64_t count = std::min(kLanes, job.count - r);
+      __m512i sums[2][kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const float* source = job.source + unit * kColumns * job.ranks + (r + i) * kColumns;
+        __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
+        for (int64_t run = 0; run < runs_; ++run) {
+          first = _mm512_add_ps(first, _mm512_loadu_ps(source + run * elements_));
+          second = _mm512_add_ps(second, _mm512_loadu_ps(source + run * elements_ + kLanes));
         }
+        first = _mm512_mul_ps(first, scale);
+        second = _mm512_mul_ps(second, scale);
+        sums[0][i] = _mm512_castps_si512(in_halves_ ? _mm512_permutex2var_ps(first, low, second) : first);
+        sums[1][i] = _mm512_castps_si512(in_halves_ ? _mm512_permutex2var_ps(first, high, second) : second);
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t column = unit * kColumns + half * kLanes, columns = std::min(kLanes, job.columns - column);
+        if (columns <= 0) break;
         if (job.transposed) {
-          transpose(sums);
+          transpose(sums[half]);
           for (int64_t i = 0; i < columns; ++i)
-            _mm512_mask_storeu_epi32(job.out + (column + i) * job.count + r, first_lanes(count), sums[i]);
+            _mm512_mask_storeu_epi32(job.out + (column + i) * job.count + r, first_lanes(count), sums[half][i]);
         } else {
           for (int64_t i = 0; i < count; ++i)
-            _mm512_mask_storeu_epi32(job.out + (r + i) * job.columns + column, first_lanes(columns), sums[i]);
+            _mm512_mask_storeu_epi32(job.out + (r + i) * job.columns + column, first_lanes(columns), sums[half][i]);
         }
       }
     }
   }
 
+  const bool in_halves_ = tile_registers_in_use();
   int64_t runs_, elements_;
   Scratch<float> data_;
   std::vector<Job> jobs_;
@@ -176,6 +185,61 @@ void transpose_tokens(const T* c, int64_t ldc, int64_t tokens, int64_t ranks, bf
     }
   }
 }
+
+// 32 columns of C [ranks, columns] = or += left z, both over `padded` tokens: z as two panels.
+inline void tile_columns(
+    TileStrips& strips, const bf16* left, int64_t padded, int64_t ranks, const uint16_t* panels, int64_t stride, bool add,
+    float* C) {
+  const Stretch stretch{left, padded, panels, stride, padded};
+  const auto nothing = [] {};
+  for (int64_t r = 0; r < ranks; r += TileStrips::kRows) {
+    float* const sums = C + r * TokenSums::kColumns;
+    strips.sum(
+        &stretch, &stretch + 1, r, std::min(ranks - r, TileStrips::kRows), 0, 2, nullptr, add ? sums : nullptr, sums,
+        nothing);
+  }
+}
+
+// A part of the 32 columns of C, soon to be added to.
+inline void fetch_sums(const float* C, int64_t ranks, int64_t part, int64_t parts) {
+  const int64_t lines = ranks * TokenSums::kColumns / kLanes;
+  for (int64_t line = part; line < lines; line += parts) fetch_to_write(C + line * kLanes);
+}
+
+// The same for z that arrives by itself, two rows of 32 columns at a time, in tile registers.
+class ArrivingColumns {
+ public:
+  // c [tokens, ranks], C as TokenSums has it.
+  template <typename T>
+  ArrivingColumns(bool add, const T* c, int64_t ldc, int64_t ranks, int64_t tokens, float* C)
+      : add_(add), ranks_(ranks), padded_((tokens + kTileInner - 1) / kTileInner * kTileInner), C_(C),
+        left_(ranks * padded_), panels_(2 * padded_ * kLanes) {
+    transpose_tokens(c, ldc, tokens, ranks, left_.data(), padded_);
+    for (int64_t panel = 0; panel < 2; ++panel)
+      std::fill(row(panel, (tokens + 1) / 2 * 2), row(panel, padded_), uint16_t{0});
+  }
+  bool wanted() const { return ranks_ > 0; }
+  // Row t is even.
+  __attribute__((always_inline)) void put(int64_t t, __m512i even, __m512i odd) const {
+    _mm512_storeu_si512(row(0, t), _mm512_unpacklo_epi16(even, odd));
+    _mm512_storeu_si512(row(1, t), _mm512_unpackhi_epi16(even, odd));
+  }
+  // The given part of so many of what multiply() adds to: sums of a wide MLP do not stay in cache from block to block.
+  void fetch(int64_t column, int64_t part, int64_t parts) const { fetch_sums(C_ + column * ranks_, ranks_, part, parts); }
+  void multiply(TileStrips& strips, int64_t column) const {
+    if (wanted())
+      tile_columns(strips, left_.data(), padded_, ranks_, panels_.data(), padded_ * kLanes, add_, C_ + column * ranks_);
+  }
+
+ private:
+  uint16_t* row(int64_t panel, int64_t t) const { return panels_.data() + (panel * padded_ + t) * kLanes; }
+
+  bool add_;
+  int64_t ranks_, padded_;
+  float* C_;
+  Scratch<bf16> left_;
+  Scratch<uint16_t> panels_;
+};
 
 // One thread's buffers for Σ_t c[t, :]ᵀ z[t, :] over a block of rows.
 class Columns {
@@ -221,18 +285,15 @@ class Columns {
     Rows source;
     source.append(rows, ld * static_cast<int64_t>(sizeof(bf16)), tokens);
     TileStrips strips;
-    const auto nothing = [] {};
     for (int64_t unit = 0; unit < columns; unit += kUnit) {
       const int64_t end = std::min(columns, unit + kUnit);
-      interleave(source, unit, end, padded, panels_.data(), stride);
-      const Stretch stretch{left_.data(), padded, panels_.data(), stride, padded};
-      for (int64_t r = 0; r < ranks; r += TileStrips::kRows)
-        for (int64_t column = unit; column < end; column += TokenSums::kColumns) {
-          float* const sums = C + column * ranks + r * TokenSums::kColumns;
-          strips.sum(
-              &stretch, &stretch + 1, r, std::min(ranks - r, TileStrips::kRows), (column - unit) / kLanes,
-              end - column > kLanes ? 2 : 1, nullptr, add ? sums : nullptr, sums, nothing);
-        }
+      for (int64_t column = unit; column < end; column += TokenSums::kColumns)
+        fetch_sums(C + column * ranks, ranks, 0, 1);
+      interleave<Order::kHalvesOfEight>(source, unit, end, padded, panels_.data(), stride, {0, kUnit});
+      for (int64_t column = unit; column < end; column += TokenSums::kColumns)
+        tile_columns(
+            strips, left_.data(), padded, ranks, panels_.data() + (column - unit) / kLanes * stride, stride, add,
+            C + column * ranks);
     }
   }
 

@@ -37,6 +37,96 @@ inline Activated activate(__m512 v) {
 inline __m512 load(const bf16* p, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, p)); }
 inline void store(bf16* p, __mmask16 mask, __m512 value) { _mm256_mask_storeu_epi16(p, mask, narrow(value)); }
 
+inline __m512 low_half(__m512i both) { return widen(_mm512_castsi512_si256(both)); }
+inline __m512 high_half(__m512i both) { return widen(_mm512_extracti64x4_epi64(both, 1)); }
+
+// What follows a sum of up: up itself, and its product with the activated gate.
+template <Activation kActivation>
+struct IntoUpAndProduct {
+  const bf16* gate;  // of the block, as all here
+  bf16 *up, *product;
+  int64_t width;
+
+  void fetch(int64_t row, int64_t column) const { fetch_to_write(up + row * width + column); }
+  __attribute__((always_inline)) void operator()(int64_t row, int64_t column, int64_t count, const float* sums) const {
+    for (int64_t k = 0; k < count; k += kLanes) {
+      const int64_t at = row * width + column + k;
+      const __mmask16 mask = first_lanes(count - k);
+      const __m512 sum = _mm512_load_ps(sums + k);
+      store(up + at, mask, sum);
+      const __m512 active = activate<kActivation>(load(gate + at, mask)).value;
+      store(product + at, mask, _mm512_mul_ps(active, widen(narrow(sum))));
+    }
+  }
+};
+
+// What follows a sum of dproduct: product, dgate and dup of the element. Vector registers leave all three in memory. Tile
+// registers leave dgate and dup there, and sum what the adapters' gradients take from the three over their tokens while
+// 32 columns of them are in first-level cache.
+template <Activation kActivation>
+struct IntoProductGateAndUp {
+  const bf16 *gate, *up;  // of the block, as all here
+  bf16 *product, *dgate, *dup;
+  int64_t width, tokens;
+  const ArrivingColumns *dA_down, *dB_gate, *dB_up;
+
+  void fetch(int64_t row, int64_t column) const {
+    _mm_prefetch(gate + row * width + column, _MM_HINT_T0);
+    _mm_prefetch(up + row * width + column, _MM_HINT_T0);
+    const ArrivingColumns* const each[]{dA_down, dB_gate, dB_up};
+    each[row % 3]->fetch(column, row / 3, tokens / 3);
+  }
+  __attribute__((always_inline)) void operator()(int64_t row, int64_t column, int64_t count, const float* sums) const {
+    for (int64_t k = 0; k < count; k += kLanes) {
+      const int64_t at = row * width + column + k;
+      const __mmask16 mask = first_lanes(count - k);
+      const Gradients given = gradients(_mm512_load_ps(sums + k), load(gate + at, mask), load(up + at, mask));
+      store(product + at, mask, given.product);
+      store(dgate + at, mask, given.dgate);
+      store(dup + at, mask, given.dup);
+    }
+  }
+  // Rows past the last are zeros.
+  __attribute__((always_inline)) void two_rows(
+      int64_t row, int64_t rows, int64_t column, int64_t count, const float* sums, int64_t stride) const {
+    const __mmask32 mask = first_pairs_of_lanes(count);
+    const Row even = one_row(row, column, mask, sums);
+    const Row odd = rows > 1 ? one_row(row + 1, column, mask, sums + stride) : Row{};
+    if (dA_down->wanted()) dA_down->put(row, even.product, odd.product);
+    if (dB_gate->wanted()) dB_gate->put(row, even.dgate, odd.dgate);
+    if (dB_up->wanted()) dB_up->put(row, even.dup, odd.dup);
+  }
+  void columns_done(TileStrips& strips, int64_t column, int64_t) const {
+    for (const ArrivingColumns* arriving : {dA_down, dB_gate, dB_up}) arriving->multiply(strips, column);
+  }
+
+ private:
+  struct Gradients {
+    __m512 product, dgate, dup;
+  };
+  struct Row {
+    __m512i product = _mm512_setzero_si512(), dgate = _mm512_setzero_si512(), dup = _mm512_setzero_si512();
+  };
+  static __attribute__((always_inline)) Gradients gradients(__m512 sum, __m512 gate, __m512 up) {
+    const Activated active = activate<kActivation>(gate);
+    return {
+        _mm512_mul_ps(active.value, up), _mm512_mul_ps(_mm512_mul_ps(sum, up), active.slope),
+        _mm512_mul_ps(sum, active.value)};
+  }
+  __attribute__((always_inline)) Row one_row(int64_t row, int64_t column, __mmask32 mask, const float* sums) const {
+    const int64_t at = row * width + column;
+    const __m512i gates = _mm512_maskz_loadu_epi16(mask, gate + at), ups = _mm512_maskz_loadu_epi16(mask, up + at);
+    const Gradients first = gradients(_mm512_load_ps(sums), low_half(gates), low_half(ups));
+    const Gradients second = gradients(_mm512_load_ps(sums + kLanes), high_half(gates), high_half(ups));
+    const Row given{
+        (__m512i)_mm512_cvtne2ps_pbh(second.product, first.product),
+        (__m512i)_mm512_cvtne2ps_pbh(second.dgate, first.dgate), (__m512i)_mm512_cvtne2ps_pbh(second.dup, first.dup)};
+    _mm512_mask_storeu_epi16(dgate + at, mask, given.dgate);
+    _mm512_mask_storeu_epi16(dup + at, mask, given.dup);
+    return given;
+  }
+};
+
 struct Mlp {
   Adapters in, mid;
   int64_t tokens, hidden, width, out, ranks;
@@ -83,13 +173,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     block_product(to_gate, 2, count, width, starts[0].data(), store_bfloat16(gate_rows, width));
     const Piece to_up[]{{rows, ld, w_up.panels()}, {scaled.data() + in.offsets[1], in.ranks, expand_up.panels()}};
     bf16* const target = product.data();
-    block_product(
-        to_up, 2, count, width, starts[1].data(),
-        for_each_register(width, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-          store(up_rows + at, mask, sum);
-          const __m512 active = activate<kActivation>(load(gate_rows + at, mask)).value;
-          store(target + at, mask, _mm512_mul_ps(active, widen(narrow(sum))));
-        }));
+    block_product(to_up, 2, count, width, starts[1].data(), IntoUpAndProduct<kActivation>{gate_rows, up_rows, target, width});
     const Piece shrunk_again{target, width, shrink_mid.panels()};
     block_product(&shrunk_again, 1, count, mid.ranks, nullptr, store_float(h_rows + in.ranks, ranks));
     mid.scale(h_rows + in.ranks, ranks, count, scaled.data());
@@ -125,8 +209,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
   // Where each gradient's sum starts: dA of gate and up, dA of down, then the three dBᵀ.
   const int64_t dA_mid = TokenSums::size(in.ranks, hidden), dB_gate = dA_mid + TokenSums::size(mid.ranks, width),
                 dB_up = dB_gate + TokenSums::size(in.rank(0), width), dB_down = dB_up + TokenSums::size(in.rank(1), width);
-  // Three matrices of the MLP's width beside the sums: half the rows leave room for them in second-level cache.
-  const Blocks blocks(tokens, tile_registers_in_use() ? rows_in_cache(hidden) / 2 : 256);
+  // Matrices of the MLP's width beside the sums: half the rows leave room for them in second-level cache.
+  const bool tiles = tile_registers_in_use();
+  const Blocks blocks(tokens, tiles ? rows_in_cache(hidden) / 2 : 256);
   TokenSums sums(blocks.runs, dB_down + TokenSums::size(mid.ranks, out));
   blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
     float* const total = sums.of(run);
@@ -136,36 +221,40 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
     const float* const h_rows = h_data + first * ranks;
     Columns columns(std::max(in.ranks, mid.ranks));
     const Scratch<bf16> g_in(count * in.ranks), g_mid(count * mid.ranks);
-    const Scratch<bf16> product(count * width), dgate(count * width), dup(count * width);
+    const Scratch<bf16> product(tiles ? 0 : count * width), dgate(count * width), dup(count * width);
+    bf16* const dgate_data = dgate.data();
+    bf16* const dup_data = dup.data();
 
     mid.project(0, dy_rows, ldy, count, shrink_down, g_mid.data());
     columns.product(!starts, h_rows + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
     const Piece to_product[]{{dy_rows, ldy, w_down.panels()}, {g_mid.data(), mid.ranks, spread_mid.panels()}};
-    bf16* const product_data = product.data();
-    bf16* const dgate_data = dgate.data();
-    bf16* const dup_data = dup.data();
+    const ArrivingColumns into_dA_down(!starts, g_mid.data(), mid.ranks, tiles ? mid.ranks : 0, count, total + dA_mid);
+    const ArrivingColumns into_dB_gate(!starts, h_rows, ranks, tiles ? in.rank(0) : 0, count, total + dB_gate);
+    const ArrivingColumns into_dB_up(
+        !starts, h_rows + in.offsets[1], ranks, tiles ? in.rank(1) : 0, count, total + dB_up);
+    Errands for_dA, for_next;
+    if (in.ranks > 0) for_dA.add({x_data + first * ld, ld, count, hidden});
+    if (const int64_t after = blocks.rows_after(first)) for_next.add({dy_rows + count * ldy, ldy, after, out});
     block_product(
         to_product, 2, count, width, nullptr,
-        for_each_register(width, [=](int64_t at, __mmask16 mask, __m512 sum) __attribute__((always_inline)) {
-          const __m512 up_lanes = load(up_rows + at, mask);
-          const Activated active = activate<kActivation>(load(gate_rows + at, mask));
-          store(product_data + at, mask, _mm512_mul_ps(active.value, up_lanes));
-          store(dup_data + at, mask, _mm512_mul_ps(sum, active.value));
-          store(dgate_data + at, mask, _mm512_mul_ps(_mm512_mul_ps(sum, up_lanes), active.slope));
-        }));
-    columns.product(!starts, g_mid.data(), mid.ranks, mid.ranks, product_data, width, count, width, total + dA_mid);
-
+        IntoProductGateAndUp<kActivation>{
+            gate_rows, up_rows, product.data(), dgate_data, dup_data, width, std::max<int64_t>(count, 3),
+            &into_dA_down, &into_dB_gate, &into_dB_up},
+        &for_dA);
     in.project(0, dgate_data, width, count, shrink_gate, g_in.data());
     in.project(1, dup_data, width, count, shrink_up, g_in.data());
-    columns.product(!starts, h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
-    columns.product(!starts, h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
+    if (!tiles) {
+      columns.product(!starts, g_mid.data(), mid.ranks, mid.ranks, product.data(), width, count, width, total + dA_mid);
+      columns.product(!starts, h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
+      columns.product(!starts, h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
+    }
     columns.product(!starts, g_in.data(), in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
     if (!needs_dx) return;
     const Piece to_dx[]{
         {dgate_data, width, w_gate.panels()},
         {dup_data, width, w_up.panels()},
         {g_in.data(), in.ranks, spread_in.panels()}};
-    block_product(to_dx, 3, count, hidden, nullptr, store_bfloat16(dx_data + first * hidden, hidden));
+    block_product(to_dx, 3, count, hidden, nullptr, store_bfloat16(dx_data + first * hidden, hidden), &for_next);
   });
   std::vector<at::Tensor> dAs, dBs;
   const int64_t dB_offsets[]{dB_gate, dB_up, dB_down};

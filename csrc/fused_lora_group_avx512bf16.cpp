@@ -143,22 +143,28 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
           total + dB_offsets[i]);
       if (needs_dx) pieces.push_back({dy, ld, bases[i].panels()});
     }
+    if (needs_dx) {
+      bf16* target = dx_data + first * features;
+      const Piece low_rank{g.data(), ranks, spread.panels()};
+      if (!dropout) pieces.push_back(low_rank);
+      Errands near;
+      if (ranks > 0) near.add({x.const_data_ptr<bf16>() + first * x.stride(0), x.stride(0), count, features});
+      if (const int64_t after = blocks.rows_after(first))
+        for (const at::Tensor& dy : dys)
+          near.add({dy.const_data_ptr<bf16>() + (first + count) * dy.stride(0), dy.stride(0), after, dy.size(1)});
+      block_product(pieces.data(), pieces.size(), count, features, nullptr, store_bfloat16(target, features), &near);
+      if (dropout && ranks > 0) {
+        const Scratch<float> unmasked(count * features);
+        block_product(&low_rank, 1, count, features, nullptr, store_float(unmasked.data(), features));
+        const float scale = static_cast<float>(dropout->scale);
+        for_words(*dropout, first * features, count * features, [&](int64_t e, bool keep) {
+          if (keep) target[e] = static_cast<bf16>(static_cast<float>(target[e]) + unmasked[e] * scale);
+        });
+      }
+    }
     Input input(x, dropout, blocks.size);
     const auto [x_hat, ld_hat] = input.rows(first, count);
     columns.product(!starts, g.data(), ranks, ranks, x_hat, ld_hat, count, features, total);
-    if (!needs_dx) return;
-    bf16* target = dx_data + first * features;
-    const Piece low_rank{g.data(), ranks, spread.panels()};
-    if (!dropout) pieces.push_back(low_rank);
-    block_product(pieces.data(), pieces.size(), count, features, nullptr, store_bfloat16(target, features));
-    if (dropout && ranks > 0) {
-      const Scratch<float> unmasked(count * features);
-      block_product(&low_rank, 1, count, features, nullptr, store_float(unmasked.data(), features));
-      const float scale = static_cast<float>(dropout->scale);
-      for_words(*dropout, first * features, count * features, [&](int64_t e, bool keep) {
-        if (keep) target[e] = static_cast<bf16>(static_cast<float>(target[e]) + unmasked[e] * scale);
-      });
-    }
   });
   std::vector<at::Tensor> dAs, dBs;
   for (size_t i = 0; i < weights.size(); ++i) {
