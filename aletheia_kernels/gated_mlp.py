@@ -22,22 +22,19 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 def _check_three(weights, biases, lora_As, lora_Bs, scalings):
     check_counts(weights, biases, lora_As, lora_Bs, scalings)
-    torch._check(len(weights) == 3, lambda: f"weights: expected gate, up and down, got {len(weights)}")
+    if len(weights) != 3:
+        raise RuntimeError(f"weights: expected gate, up and down, got {len(weights)}")
 
 
 def _check(x, weights, biases, lora_As, lora_Bs, scalings, activation):
     _check_three(weights, biases, lora_As, lora_Bs, scalings)
-    torch._check(
-        activation in ACTIVATIONS,
-        lambda: f"activation: expected {' or '.join(ACTIVATIONS)}, got {activation}",
-    )
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f"activation: expected {' or '.join(ACTIVATIONS)}, got {activation}")
     check_projections(x, weights[:2], biases[:2], lora_As[:2], lora_Bs[:2], scalings[:2])
-    torch._check(
-        weights[0].shape == weights[1].shape,
-        lambda: (
+    if weights[0].shape != weights[1].shape:
+        raise RuntimeError(
             f"weights: gate is {tuple(weights[0].shape)}, up is {tuple(weights[1].shape)}; expected one shape"
-        ),
-    )
+        )
     # What down reads has up's shape; x's storage stands in for it, since only its shape and dtype are looked at.
     middle = x.new_empty(0, weights[1].shape[0])
     check_projections(middle, weights[2:], biases[2:], lora_As[2:], lora_Bs[2:], scalings[2:])
@@ -45,7 +42,7 @@ def _check(x, weights, biases, lora_As, lora_Bs, scalings, activation):
 
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, activation):
     _check(x, weights, biases, lora_As, lora_Bs, scalings, activation)
-    backend = implementation("lora_gated_mlp", x.device.type, x.dtype)
+    backend = implementation("lora_gated_mlp", x.device, x.dtype)
     with outside_autocast(x):
         return backend.lora_gated_mlp_forward(x, weights, biases, lora_As, lora_Bs, scalings, activation)
 
@@ -71,7 +68,7 @@ def _(x, weights, biases, lora_As, lora_Bs, scalings, activation):
 
 
 def _backward(dy, x, gate, up, h, weights, lora_As, lora_Bs, scalings, activation, needs_dx):
-    backend = implementation("lora_gated_mlp", x.device.type, x.dtype)
+    backend = implementation("lora_gated_mlp", x.device, x.dtype)
     with outside_autocast(x):
         return backend.lora_gated_mlp_backward(
             dy, x, gate, up, h, weights, lora_As, lora_Bs, scalings, activation, needs_dx
@@ -177,11 +174,10 @@ def lora_gated_mlp(
         RuntimeError: shapes, dtypes or devices that do not fit, or a weight or bias that requires a gradient.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
-    torch._check(
-        not torch.is_grad_enabled()
-        or not any(t is not None and t.requires_grad for t in (*weights, *biases)),
-        lambda: "weights and biases: expected frozen ones; lora_gated_mlp computes no gradient for them",
-    )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *biases)):
+        raise RuntimeError(
+            "weights and biases: expected frozen ones; lora_gated_mlp computes no gradient for them"
+        )
     flat = x.reshape(-1, x.shape[-1])
     if is_eager(x, *weights, *lora_As, *lora_Bs):
         _check_three(weights, biases, lora_As, lora_Bs, scalings)

@@ -71,24 +71,23 @@ def state_reason(layer: Any) -> str | None:
         return "adapters are disabled"
     if layer.merged:
         return "adapters are merged into the weight"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    # Asked at every call: a module's own look-up of its parts takes longer than all else here.
+    parts = layer._modules
+    base, lora_As = parts["base_layer"], parts["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in lora_As]
     if len(active) != 1:
         return f"{len(active)} adapters are active on it"
     name = active[0]
     if name in layer.lora_variant:
         return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
-    base, lora_A, lora_B, dropout = (
-        layer.base_layer,
-        layer.lora_A[name],
-        layer.lora_B[name],
-        layer.lora_dropout[name],
-    )
-    if base.weight.requires_grad:
+    lora_A, lora_B = lora_As[name], parts["lora_B"]._modules[name]
+    dropout = parts["lora_dropout"]._modules[name]
+    if base._parameters["weight"].requires_grad:
         return "its base weight is trained"
-    if lora_B.bias is not None or lora_A.bias is not None:
-        return "the adapter has a bias of its own (lora_bias)"
     if type(lora_A) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
         return f"the adapter is made of {type(lora_A).__name__} and {type(dropout).__name__}"
+    if lora_B.bias is not None or lora_A.bias is not None:
+        return "the adapter has a bias of its own (lora_bias)"
     for part in (base, lora_A, lora_B, dropout):
         if is_hooked(part):
             return "a hook is registered on its base layer or adapter"
