@@ -162,7 +162,8 @@ def serve(arm: str, model_dir: str, steps: int, threads: int, allocator: str, pi
     data = batches(model_dir, steps + 2)
     with ExitStack() as stack:
         model, adapters = prepare(arm, model_dir, stack, data[0])
-        optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=0.0) if adapters else None
+        # As transformers' Trainer makes it.
+        optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=0.0, fused=True) if adapters else None
 
         def step(index: int) -> dict[str, float]:
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
