@@ -44,6 +44,8 @@ def refusal(operator: str, dtype: torch.dtype) -> str | None:
     """Why the compiled operators cannot serve this one in this dtype; None when they can."""
     if dtype not in DTYPES:
         return f"it has no {dtype}"
+    if operator == "lora_experts":
+        return "its C++ operators have no experts"
     reason = unavailable_reason()
     if reason is None and operator == "range_attention":
         if dtype != torch.bfloat16:
