@@ -133,6 +133,17 @@ at::Tensor weight_grad_norm_sq(const at::Tensor& x, const at::Tensor& dy, c10::s
   return at::scalar_tensor(by_tiles(x, dy), options);
 }
 
+at::Tensor weight_grad_norms_sq(at::TensorList xs, at::TensorList dys) {
+  std::vector<at::Tensor> norms;
+  for (size_t i = 0; i < xs.size(); ++i) norms.push_back(weight_grad_norm_sq(xs[i], dys[i], "auto"));
+  return at::stack(norms);
+}
+
+at::Tensor weight_grad_norm_sq_per_example(const at::Tensor& x, const at::Tensor& dy) {
+  if (x.size(0) == 0) return at::empty({0}, x.options().dtype(wide(x.scalar_type())));
+  return weight_grad_norms_sq(x.unbind(), dy.unbind());
+}
+
 std::tuple<at::Tensor, at::Tensor> weight_grad_norm_sq_sketch(
     const at::Tensor& x, const at::Tensor& dy, const at::Tensor& omega) {
   const at::Tensor sketch = at::mm(dy.t(), at::mm(x, omega.to(x.scalar_type())));

@@ -33,6 +33,8 @@ TORCH_LIBRARY(aletheia_cpu, m) {
       " Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, str activation, bool needs_dx)"
       " -> (Tensor, Tensor[], Tensor[])");
   m.def("weight_grad_norm_sq(Tensor x, Tensor dy, str method) -> Tensor");
+  m.def("weight_grad_norms_sq(Tensor[] xs, Tensor[] dys) -> Tensor");
+  m.def("weight_grad_norm_sq_per_example(Tensor x, Tensor dy) -> Tensor");
   m.def("weight_grad_norm_sq_sketch(Tensor x, Tensor dy, Tensor omega) -> (Tensor, Tensor)");
   m.def("embedding_grad_norm_sq(Tensor indices, Tensor dy) -> Tensor");
   m.def("bias_grad_norm_sq(Tensor dy) -> Tensor");
@@ -58,6 +60,8 @@ TORCH_LIBRARY_IMPL(aletheia_cpu, CPU, m) {
   m.impl("lora_gated_mlp_forward", &aletheia::lora_gated_mlp_forward);
   m.impl("lora_gated_mlp_backward", &aletheia::lora_gated_mlp_backward);
   m.impl("weight_grad_norm_sq", &aletheia::weight_grad_norm_sq);
+  m.impl("weight_grad_norms_sq", &aletheia::weight_grad_norms_sq);
+  m.impl("weight_grad_norm_sq_per_example", &aletheia::weight_grad_norm_sq_per_example);
   m.impl("weight_grad_norm_sq_sketch", &aletheia::weight_grad_norm_sq_sketch);
   m.impl("embedding_grad_norm_sq", &aletheia::embedding_grad_norm_sq);
   m.impl("bias_grad_norm_sq", &aletheia::bias_grad_norm_sq);

@@ -38,6 +38,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_ga
     c10::string_view activation, bool needs_dx);
 
 at::Tensor weight_grad_norm_sq(const at::Tensor& x, const at::Tensor& dy, c10::string_view method);
+at::Tensor weight_grad_norms_sq(at::TensorList xs, at::TensorList dys);
+at::Tensor weight_grad_norm_sq_per_example(const at::Tensor& x, const at::Tensor& dy);
 std::tuple<at::Tensor, at::Tensor> weight_grad_norm_sq_sketch(
     const at::Tensor& x, const at::Tensor& dy, const at::Tensor& omega);
 at::Tensor embedding_grad_norm_sq(const at::Tensor& indices, const at::Tensor& dy);

@@ -10,6 +10,8 @@ For y = x Wᵀ the weight gradient is G = dyᵀ x [out, in], with x [tokens, in]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,18 @@ def weight_grad_norm_sq(x: Tensor, dy: Tensor, method: str) -> Tensor:
         if method == "gram" or bool(trusted):
             return total.to(accumulation_dtype(x.dtype))
     return _by_tiles(x, dy).to(accumulation_dtype(x.dtype))
+
+
+def weight_grad_norms_sq(xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
+    """‖dy_iᵀ x_i‖² of every pair, by the cheaper form, [pairs]."""
+    return torch.stack([weight_grad_norm_sq(x, dy, "auto") for x, dy in zip(xs, dys, strict=True)])
+
+
+def weight_grad_norm_sq_per_example(x: Tensor, dy: Tensor) -> Tensor:
+    """‖dy_bᵀ x_b‖² of every example of x [batch, tokens, in] and dy [batch, tokens, out], [batch]."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    return weight_grad_norms_sq(x.unbind(), dy.unbind())
 
 
 def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:

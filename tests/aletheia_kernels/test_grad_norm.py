@@ -13,7 +13,9 @@ from aletheia_kernels import (
     bias_grad_norm_sq,
     embedding_grad_norm_sq,
     weight_grad_norm_sq,
+    weight_grad_norm_sq_per_example,
     weight_grad_norm_sq_sketch,
+    weight_grad_norms_sq,
 )
 from aletheia_kernels.reference import grad_norm
 
@@ -76,6 +78,42 @@ def test_leading_dimensions_and_strides(backend, dtype):
         torch.testing.assert_close(
             weight_grad_norm_sq(strided_x, strided_dy, method=method), expected, rtol=1e-2, atol=0
         )
+
+
+@DTYPES
+def test_norms_of_many_linears(backend, two_times_rule, dtype):
+    x = draw(60, 48, dtype=dtype)
+    xs = [x, x, draw(7, 130, dtype=dtype, seed=1), draw(0, 5, dtype=dtype)]
+    dys = [draw(len(x), n, dtype=dtype, seed=n) for x, n in zip(xs, (20, 90, 33, 3), strict=True)]
+    norms = weight_grad_norms_sq([xs[0].view(6, 10, 48), *xs[1:]], [dys[0].view(6, 10, 20), *dys[1:]])
+    assert norms.shape == (4,)
+    assert norms.dtype == torch.float32
+    for ours, x, dy in zip(norms, xs, dys, strict=True):
+        exact, plain = (dy.double().T @ x.double()).square().sum(), (dy.T @ x).float().square().sum()
+        two_times_rule("norm", ours, plain, exact)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 20, 40, 50), (2, 100, 9, 7), (2, 0, 9, 7), (0, 4, 9, 7)])
+def test_norms_of_single_examples(backend, two_times_rule, dtype, shape):
+    batch, tokens, in_features, out = shape
+    x, dy = draw(batch, tokens, in_features, dtype=dtype), draw(batch, tokens, out, dtype=dtype, seed=1)
+    norms = weight_grad_norm_sq_per_example(x, dy)
+    assert norms.shape == (batch,)
+    assert norms.dtype == torch.float32
+    for ours, x_b, dy_b in zip(norms, x, dy, strict=True):
+        exact, plain = (dy_b.double().T @ x_b.double()).square().sum(), (dy_b.T @ x_b).float().square().sum()
+        two_times_rule("norm", ours, plain, exact)
+
+
+def test_examples_are_those_of_autograd(backend):
+    linear = torch.nn.Linear(6, 5, bias=False)
+    x = torch.randn(4, 3, 2, 6, generator=torch.Generator().manual_seed(0))
+    y = linear(x)
+    dy = torch.autograd.grad(y.square().sum(), y)[0]
+    for b, norm in enumerate(weight_grad_norm_sq_per_example(x, dy)):
+        (gradient,) = torch.autograd.grad(linear(x[b]).square().sum(), linear.weight)
+        torch.testing.assert_close(norm, gradient.square().sum())
 
 
 @DTYPES
@@ -150,6 +188,10 @@ def test_operator_contract(backend, dtype):
     x, dy = draw(24, 10, dtype=dtype), draw(24, 12, dtype=dtype, seed=1)
     ops = torch.ops.aletheia
     torch.library.opcheck(ops.weight_grad_norm_sq.default, (x, dy, "auto"))
+    torch.library.opcheck(ops.weight_grad_norms_sq.default, ([x, x[:5]], [dy, dy[:5]]))
+    torch.library.opcheck(
+        ops.weight_grad_norm_sq_per_example.default, (x.view(2, 12, 10), dy.view(2, 12, 12))
+    )
     torch.library.opcheck(ops.weight_grad_norm_sq_sketch.default, (x, dy, draw(10, 4, dtype=dtype)))
     torch.library.opcheck(ops.embedding_grad_norm_sq.default, (torch.arange(24) % 5, dy))
     torch.library.opcheck(ops.bias_grad_norm_sq.default, (dy,))
@@ -157,7 +199,14 @@ def test_operator_contract(backend, dtype):
     def run(x, dy):
         sketch, _ = weight_grad_norm_sq_sketch(x, dy, torch.ones(10, 2, dtype=dtype))
         indices = torch.arange(24) % 5
-        return weight_grad_norm_sq(x, dy), sketch, embedding_grad_norm_sq(indices, dy), bias_grad_norm_sq(dy)
+        return (
+            weight_grad_norm_sq(x, dy),
+            sketch,
+            embedding_grad_norm_sq(indices, dy),
+            bias_grad_norm_sq(dy),
+            weight_grad_norms_sq([x, x], [dy, x]),
+            weight_grad_norm_sq_per_example(x.view(2, 12, 10), dy.view(2, 12, 12)),
+        )
 
     for given_norm, expected in zip(
         torch.compile(run, fullgraph=True, backend="aot_eager")(x, dy), run(x, dy), strict=True
@@ -172,6 +221,15 @@ def test_operator_contract(backend, dtype):
         (lambda x, dy: weight_grad_norm_sq(x.double(), dy), "one floating dtype"),
         (lambda x, dy: weight_grad_norm_sq(x, dy, method="fast"), "one of auto, tiles, gram"),
         (lambda x, dy: weight_grad_norm_sq_sketch(x, dy, torch.ones(10, 1)), "at least 2"),
+        (
+            lambda x, dy: weight_grad_norms_sq([x], [dy, dy]),
+            "one dy for every x and at least one, got 1 and 2",
+        ),
+        (lambda x, dy: weight_grad_norms_sq([], []), "at least one"),
+        (lambda x, dy: weight_grad_norms_sq([x, x.double()], [dy, dy.double()]), "float32 on cpu throughout"),
+        (lambda x, dy: weight_grad_norm_sq_per_example(x, dy[:-1]), "x \\[batch, tokens, in\\] and dy"),
+        (lambda x, dy: weight_grad_norm_sq_per_example(x[0], dy), "x \\[batch, tokens, in\\] and dy"),
+        (lambda x, dy: weight_grad_norm_sq_per_example(x, dy.double()), "one floating dtype"),
         (lambda x, dy: embedding_grad_norm_sq(torch.arange(5), dy), "indices \\[tokens\\]"),
     ],
 )
