@@ -83,7 +83,7 @@ def attention_forward(
         and query.shape[2] == key.shape[2]
         and all(kwargs.get(name) is None for name in _UNKNOWN)
         and not torch.compiler.is_compiling()
-        and backends.choose("range_attention", query.device.type, query.dtype).backend != "reference"
+        and backends.choose("range_attention", query.device, query.dtype).backend != "reference"
     )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     found = _ranges(attention_mask, query.shape[0], query.shape[2], causal, query.device) if serves else None
@@ -120,7 +120,7 @@ def kernel_attention(model: nn.Module) -> Iterator[KernelAttention]:
     before = getattr(getattr(bare, "config", None), "_attn_implementation", None)
     parameter = next(model.parameters())
     try:
-        choice = backends.choose("range_attention", parameter.device.type, parameter.dtype)
+        choice = backends.choose("range_attention", parameter.device, parameter.dtype)
         reason = choice.reason if choice.backend == "reference" else ""
     except backends.BackendError as error:
         reason = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,13 +17,24 @@ def examine(console: Console) -> bool:
     if cpu.unavailable_reason() is None and cpu.wrong_wish() is None:
         processor["instruction set in use"] = cpu.instruction_set()
     console.print(_pairs("processor", processor))
+    # Every device is examined, also after one whose operators fail.
+    passed = [_examine_operators(console, device) for device in _devices()]
+    return all(passed)
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _examine_operators(console: Console, device: str) -> bool:
     try:
-        choices = backends.explain()
-        results = {result.operator: result for result in selftest.run()}
+        choices = backends.explain(device)
+        results = {result.operator: result for result in selftest.run(device)}
     except backends.BackendError as error:
-        console.print(f"[red]no operator can run:[/red] {error}", highlight=False)
+        console.print(f"[red]no operator can run on {device}:[/red] {error}", highlight=False)
         return False
-    table = Table(title="operators", title_justify="left")
+    where = "" if device == "cpu" else f" on {torch.cuda.get_device_name(device)}"
+    table = Table(title=f"operators{where}", title_justify="left")
     for head in ("operator", "backend", "self-test", "error (allowed)", "seconds"):
         table.add_column(head, no_wrap=True)
     for operator, result in results.items():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aletheia_kernels import linear_cross_entropy
+from aletheia_kernels.backends import BackendError
 from aletheia_tune.layers import bare_model
 
 _CALIBRATION_TOKENS = 8
@@ -239,6 +240,9 @@ def _examine(model: Any) -> tuple[str | None, float | None]:
                 got = float(model(**batch).loss)
     except _TouchedLogits:
         return "it changes the logits between head and loss", None
+    except BackendError as error:
+        # The backend that is forced has no such operator: the model's own head runs, and the reason says which.
+        return str(error), None
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return f"it cannot run a few tokens that way ({type(error).__name__}: {error})", None
     if tried.losses_computed != 1:

@@ -57,7 +57,7 @@ class _Form:
 
 
 def _compiled(operator: str, tensor: Tensor) -> bool:
-    return backends.choose(operator, tensor.device.type, tensor.dtype).backend != "reference"
+    return backends.choose(operator, tensor.device, tensor.dtype).backend != "reference"
 
 
 def _untouched_by_others(*tensors: Tensor) -> bool:
@@ -116,7 +116,7 @@ def _norm_or_reason(module: Any) -> _Form | str:
     weight = getattr(module, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return "it has no one-dimensional weight and ε"
-    choice = backends.choose("rms_norm", weight.device.type, weight.dtype)
+    choice = backends.choose("rms_norm", weight.device, weight.dtype)
     if choice.backend == "reference":
         return choice.reason
     try:
