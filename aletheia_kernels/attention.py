@@ -55,7 +55,7 @@ def _attention(
             f"expected ranges within [0, {k.shape[2]}], got [{int(first.min())}, {int(last.max())})"
         )
     with outside_autocast(q):
-        backend = implementation("range_attention", q.device.type, q.dtype)
+        backend = implementation("range_attention", q.device, q.dtype)
         return backend.attention_forward(q, k, v, first.contiguous(), last.contiguous(), scale)
 
 
@@ -80,7 +80,7 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with outside_autocast(q):
-        backend = implementation("range_attention", q.device.type, q.dtype)
+        backend = implementation("range_attention", q.device, q.dtype)
         return backend.attention_backward(grad_o, q, k, v, lse, first.contiguous(), last.contiguous(), scale)
 
 

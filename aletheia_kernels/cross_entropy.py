@@ -61,7 +61,7 @@ def _linear_cross_entropy(h, weight, bias, labels, softcap, label_smoothing, nee
         raise RuntimeError(
             f"labels: expected class indices in [0, {weight.shape[0]}), got {int(labels.min())} to {int(labels.max())}"
         )
-    backend = implementation("linear_cross_entropy", h.device.type, h.dtype)
+    backend = implementation("linear_cross_entropy", h.device, h.dtype)
     with outside_autocast(h):
         return backend.linear_cross_entropy_forward(
             h, weight, bias, labels, softcap, label_smoothing, needs_dh

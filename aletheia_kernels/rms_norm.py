@@ -38,7 +38,7 @@ def _forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight)
-    backend = implementation("rms_norm", x.device.type, x.dtype)
+    backend = implementation("rms_norm", x.device, x.dtype)
     with outside_autocast(x):
         return backend.rms_norm_forward(x, weight, eps, offset, rounds_first)
 
@@ -61,7 +61,7 @@ def _backward(
     needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend = implementation("rms_norm", x.device.type, x.dtype)
+    backend = implementation("rms_norm", x.device, x.dtype)
     with outside_autocast(x):
         return backend.rms_norm_backward(dy, x, weight, rstd, offset, needs_dx, needs_dweight)
 

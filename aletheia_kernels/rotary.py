@@ -55,7 +55,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     _check(q, k, cos, sin)
-    backend = implementation("rotary", q.device.type, q.dtype)
+    backend = implementation("rotary", q.device, q.dtype)
     with outside_autocast(q):
         return backend.rotary_forward(q, k, cos, sin)
 
@@ -71,7 +71,7 @@ def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 
 
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    backend = implementation("rotary", dq.device.type, dq.dtype)
+    backend = implementation("rotary", dq.device, dq.dtype)
     with outside_autocast(dq):
         return backend.rotary_backward(dq, dk, cos, sin)
 
