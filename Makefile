@@ -1,6 +1,9 @@
 # make run    the main job: probe, plan, train SmolLM2-135M beside uniform PEFT LoRA; writes runs/demo
-# make test   linters, types, import contract, tests
+# make test   linters, types, import contract, tests; then the Triton kernels without a GPU: interpreted, compiled, traced
+# make test-gpu    on a card: the Triton kernels' tests, compute-sanitizer, tuning, times against PEFT and the vendor library
+# make mutations   plants faults in the Triton kernels and shows which tests notice; writes docs/kernel-mutations.md
 # make sanitize   the operators' tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make parity  50 steps of R1 beside PEFT and beside float32: fails if our losses are further off than twice PEFT's
 # make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +11,7 @@ INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
 
-.PHONY: run test bench sanitize install clean
+.PHONY: run test test-gpu mutations bench parity sanitize install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -18,6 +21,18 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/triton/operators
+	$(BIN)/python -m pytest tests/triton/ahead_of_time
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/contract
+
+# Triton reads TRITON_INTERPRET when it defines a kernel: each way to run them is a process of its own.
+test-gpu: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/triton/operators tests/triton/gpu
+	$(BIN)/python benchmarks/tune.py
+	$(BIN)/python benchmarks/gpu.py --json runs/gpu.json
+
+mutations: install
+	$(BIN)/python tests/triton/mutations.py --write
 
 # A package of its own, so that the extension in use stays as it is. -P: the tests must not find the one in this directory.
 # PyTorch and Python keep what they allocate to the end, so leaks cannot be told apart; the allocator is the sanitizer's.
@@ -36,6 +51,14 @@ bench: install
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench.json --benchmark-max-time=0.5 --benchmark-warmup=on \
 	  --benchmark-warmup-iterations=1 --benchmark-sort=mean --benchmark-columns=min,median,iqr,rounds
+
+MODEL := runs/demo-cache/SmolLM2-135M-Instruct
+
+$(MODEL): | install
+	cd examples && ../$(BIN)/python -c "import demo_data, pathlib; demo_data.smollm2(pathlib.Path('../$(MODEL)'))"
+
+parity: install $(MODEL)
+	$(BIN)/python benchmarks/step.py $(MODEL) --steps 49 --arms peft_fp32,ours_uniform
 
 install: $(INSTALLED)
 
