@@ -461,8 +461,8 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 def _on_device(rows: list[list[int]], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.tensor(rows, dtype=torch.int64, device=device)
-    # From pinned memory, so that the host does not wait for the copy.
-    return torch.tensor(rows, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    # From pinned memory, so that the host does not wait for the copy; on the host whatever the default device is.
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
 def _is_aligned(matrix: Tensor) -> bool:
