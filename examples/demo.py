@@ -28,13 +28,14 @@ from rich.console import Console
 from aletheia_kernels import tune_allocator
 from aletheia_tune import files
 from aletheia_tune.data import Collator, batches, load_examples, pad_token_id
+from aletheia_tune.environment import machine_facts
 from aletheia_tune.errors import UserError
 from aletheia_tune.norms import kernel_norms
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import Plan, make_plan, uniform_plan
 from aletheia_tune.probe import probe
 from aletheia_tune.race import Arm, RaceResult, race
-from aletheia_tune.report import machine_facts, verdict, write_report
+from aletheia_tune.report import verdict, write_report
 from aletheia_tune.scores import Scores
 from aletheia_tune.train import TrainConfig, held_out_loss, load_model
 

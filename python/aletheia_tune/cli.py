@@ -279,7 +279,7 @@ def train(
 
 
 @app.command()
-def race(
+def compare(
     model: Model,
     train: Train,
     eval_file: Eval,
@@ -305,17 +305,16 @@ def race(
     messages_field: MessagesField = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare a plan on this package's operators with uniform LoRA in plain PEFT, in turns on this machine.
+    """Train a plan on this package's operators beside uniform LoRA in plain PEFT, for the same steps, in turns.
 
-    Example: [bold]aletheia race --model ./my-model --train train.jsonl --eval eval.jsonl --plan plan.json
-    --out my-race --steps 100[/bold]
+    Example: [bold]aletheia compare --model ./my-model --train train.jsonl --eval eval.jsonl --plan plan.json
+    --out my-comparison --steps 100[/bold]
     """
     from rich.console import Console
 
     from aletheia_tune import files
     from aletheia_tune.plan import Plan, uniform_plan
-    from aletheia_tune.race import Arm
-    from aletheia_tune.race import race as run_race
+    from aletheia_tune.race import Arm, race
     from aletheia_tune.train import TrainConfig
 
     files.check_output(out, overwrite)
@@ -333,7 +332,7 @@ def race(
     chosen = Plan.from_json(_read(plan_file, "plan"))
     text = None if other_text is None else _read(other_text, "text")
     uniform = uniform_plan(_model(model, dtype)[0], rank=rank, alpha=2 * rank)
-    result = run_race(
+    result = race(
         [Arm("uniform-peft", uniform, kernels=False), Arm("plan-kernels", chosen, kernels=True)],
         model,
         train,
@@ -347,6 +346,27 @@ def race(
     )
     Console().print(result.table())
     print(f"adapters, metrics and race.json are in {out}")
+
+
+@app.command()
+def race(
+    task_file: Annotated[Path, typer.Argument(metavar="TASK.toml", help="What is raced; see the docs.")],
+    out: OutDir,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure who reaches uniform LoRA's held-out loss first, each arm at its own best learning rate.
+
+    Runs that are done stay in the output directory: the same command goes on where it was stopped.
+
+    Example: [bold]aletheia race benchmarks/studies/tasks/code.toml --out runs/race-code[/bold]
+    """
+    from rich.console import Console
+
+    from aletheia_tune.referee import VERDICT, read_task, referee
+
+    verdict = referee(read_task(task_file), out, overwrite=overwrite)
+    Console().print(verdict.show())
+    print(f"every raw point is in {out / VERDICT}")
 
 
 @app.command()

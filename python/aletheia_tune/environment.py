@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -61,3 +62,23 @@ def peak_memory_mb(device: torch.device | None = None) -> float:
                 return int(line.split()[1]) / 1024
     unit = 1024**2 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """The machine that this runs on, in words: processor, CPUs, torch's threads, system."""
+    import torch
+
+    return [
+        ("processor", _processor()),
+        ("CPUs, threads", f"{os.cpu_count()} logical CPUs, {torch.get_num_threads()} torch threads"),
+        ("system", platform.platform()),
+    ]
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -94,6 +95,20 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """The indices of the layers with at least one adapter, ascending."""
         return tuple(sorted({index for index, _ in self._by_layer()}))
+
+    def only_layers(self, layers: Iterable[int]) -> Plan:
+        """The same adapters on these layers alone.
+
+        Raises:
+            UserError: the plan adapts nothing in them.
+        """
+        kept = set(layers)
+        modules = {
+            name: module
+            for name, module in self.modules.items()
+            if _layer_index(name, self.layer_path) in kept
+        }
+        return dataclasses.replace(self, modules=modules)
 
     def to_json(self) -> str:
         return (

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, Fields, load_examples, pad_token_id
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import Plan
+from aletheia_tune.recipe import Recipe
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
 
 if TYPE_CHECKING:
@@ -55,11 +57,19 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One contestant: a plan, run on this package's operators (`kernels`) or on PEFT's own forward."""
+    """One contestant: a plan, run on this package's operators (`kernels`) or on PEFT's own forward.
+
+    Attributes:
+        name: of the arm and of its directory.
+        plan: what is adapted, or a recipe that the arm follows in its own process and on its own time.
+        kernels: as in `TrainConfig`.
+        config: how this arm is trained; None as the race says for all.
+    """
 
     name: str
-    plan: Plan
+    plan: Plan | Recipe
     kernels: bool
+    config: TrainConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class ArmResult:
     Attributes:
         name, plan, kernels: of the `Arm`.
         training: losses, times, memory and patch report; memory is that of the arm's process.
+        plan_seconds: what the plan cost: probing and choosing; 0 for a plan that was given.
         perplexity_before, perplexity_after: of the other text, for forgetting; None without such a text.
     """
 
@@ -78,6 +89,17 @@ class ArmResult:
     training: TrainResult
     perplexity_before: float | None
     perplexity_after: float | None
+    plan_seconds: float = 0.0
+
+    @property
+    def start_seconds(self) -> float:
+        """Seconds before the first step: making the plan, attaching the adapters, patching."""
+        return self.plan_seconds + self.training.setup_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the start to the end of the last step, evaluation left out."""
+        return self.start_seconds + self.training.history[-1].seconds
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class RaceResult:
                 "training": arm.training.to_dict(),
                 "perplexity_before": arm.perplexity_before,
                 "perplexity_after": arm.perplexity_after,
+                "plan_seconds": arm.plan_seconds,
             }
             for arm in self.arms
         ]
@@ -131,6 +154,7 @@ class RaceResult:
                     training=TrainResult.from_dict(arm["training"]),
                     perplexity_before=arm["perplexity_before"],
                     perplexity_after=arm["perplexity_after"],
+                    plan_seconds=arm.get("plan_seconds", 0.0),
                 )
                 for arm in content["arms"]
             )
@@ -141,8 +165,7 @@ class RaceResult:
     def objection(self) -> str | None:
         """Why no speed may be read off this race; None when it may.
 
-        A speed counts only among arms that did the same work: finite losses, gradients that are not zero, and
-            before
+        A speed counts only among arms that did the same work: finite losses, gradients that are not zero, and before
         the first update the same losses up to rounding.
         """
         for arm in self.arms:
@@ -232,7 +255,8 @@ def race(
         fields: names of the fields in the jsonl files.
         extra_text: text of another kind, whose perplexity before and after tells of forgetting.
         extra_text_name: what that text is, for the table's head.
-        slice_steps: steps in a turn.
+        slice_steps: steps in a turn; an arm of its own number of steps takes turns in proportion, so that all arms
+            are equally far at any time.
         overwrite: replace a directory that is there.
 
     Returns:
@@ -249,29 +273,33 @@ def race(
     if slice_steps < 1:
         raise UserError(f"slice is {slice_steps} steps: it must be at least 1")
     with files.output_directory(out, overwrite) as directory:
-        tasks = [
-            _Task(
-                arm=arm,
-                model_dir=str(model_dir),
-                train_path=str(train_path),
-                eval_path=str(eval_path),
-                config=dataclasses.replace(config, kernels=arm.kernels, progress=False),
-                fields=fields,
-                extra_text=extra_text,
-                slice_steps=slice_steps,
-                out=str(directory / arm.name),
+        tasks = []
+        for arm in arms:
+            own = arm.config or config
+            pace = own.steps / config.steps if own.steps and config.steps else 1.0
+            tasks.append(
+                _Task(
+                    arm=arm,
+                    model_dir=str(model_dir),
+                    train_path=str(train_path),
+                    eval_path=str(eval_path),
+                    config=dataclasses.replace(own, kernels=arm.kernels, progress=False),
+                    fields=fields,
+                    extra_text=extra_text,
+                    slice_steps=max(1, round(slice_steps * pace)),
+                    out=str(directory / arm.name),
+                )
             )
-            for arm in arms
-        ]
         finished = _referee(tasks, config.progress)
         results = tuple(
             ArmResult(
                 name=arm.name,
-                plan=arm.plan,
+                plan=Plan.from_json(done["plan"]),
                 kernels=arm.kernels,
                 training=TrainResult.from_dict(done["training"]),
                 perplexity_before=done["perplexity_before"],
                 perplexity_after=done["perplexity_after"],
+                plan_seconds=done["plan_seconds"],
             )
             for arm, done in zip(arms, finished, strict=True)
         )
@@ -355,10 +383,17 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
         return text_perplexity(of, tokenizer, task.extra_text)
 
     before = perplexity(model)
+    started = time.perf_counter()
+    plan = task.arm.plan
+    if isinstance(plan, Recipe):
+        plan = plan.plan(model, tokenizer, train, config.seed)
+    plan_seconds = time.perf_counter() - started
     result = fine_tune(
-        model, tokenizer, train, held_out, task.arm.plan, config, task.out, [_Turns(pipe, task.slice_steps)]
+        model, tokenizer, train, held_out, plan, config, task.out, [_Turns(pipe, task.slice_steps)]
     )
     return {
+        "plan": plan.to_json(),
+        "plan_seconds": plan_seconds if isinstance(task.arm.plan, Recipe) else 0.0,
         "allocator_tuned": tuned,
         "training": result.to_dict(),
         "perplexity_before": before,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -78,15 +75,6 @@ def write_report(
         commands=commands,
     )
     files.write_text(path, page, overwrite)
-
-
-def machine_facts() -> list[tuple[str, str]]:
-    """The machine that this runs on, for `write_report`: processor, CPUs, torch's threads, system."""
-    return [
-        ("processor", _processor()),
-        ("CPUs, threads", f"{os.cpu_count()} logical CPUs, {torch.get_num_threads()} torch threads"),
-        ("system", platform.platform()),
-    ]
 
 
 def _is_from(plan: Plan, scores: Scores) -> bool:
@@ -260,12 +248,3 @@ def _how(arm: ArmResult) -> str:
         f"{linears}; attention in training: {arm.training.attention}; norms on operators: {arm.training.norms}; "
         f"head and loss over {arm.training.head}; layers that run without a graph: {prefix}"
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -23,7 +23,7 @@ from aletheia_tune import cli
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.scores import ModuleScore, Scores
 
-COMMANDS = ["probe", "plan", "train", "race", "doctor"]
+COMMANDS = ["probe", "plan", "train", "compare", "race", "doctor"]
 
 
 class Ran(NamedTuple):
@@ -184,7 +184,7 @@ def test_race_sets_the_plan_beside_uniform_peft(run, given, plan_file, tmp_path,
     monkeypatch.setattr(race_module, "race", fake)
     (tmp_path / "other.txt").write_text("a b c")
     out = tmp_path / "race"
-    ran = run("race", *options(given, plan=plan_file, out=out, rank=2, other_text=tmp_path / "other.txt"))
+    ran = run("compare", *options(given, plan=plan_file, out=out, rank=2, other_text=tmp_path / "other.txt"))
     assert ran.code == 0, ran
     assert "the table" in ran.out
     uniform, planned = seen["arms"]
@@ -300,7 +300,7 @@ def test_no_such_field(refuses, given, plan_file, tmp_path):
     refuses("train", *arguments, says=("completion field",))
 
 
-@pytest.mark.parametrize("command", ["probe", "train", "race"])
+@pytest.mark.parametrize("command", ["probe", "train", "compare"])
 def test_unknown_model_directory(refuses, given, plan_file, tmp_path, command):
     model = tmp_path / "nowhere" / "model"
     if command == "probe":
@@ -321,7 +321,7 @@ def test_model_without_layers(refuses, given, plan_file, tmp_path):
     says = ("no list of transformer layers",)
     refuses("probe", "--model", model, "--train", given["--train"], "--out", new, says=says)
     flat = {**given, "--model": model}
-    refuses("race", *options(flat, plan=plan_file, out=tmp_path / "out"), says=says)
+    refuses("compare", *options(flat, plan=plan_file, out=tmp_path / "out"), says=says)
     refuses("train", *options(flat, plan=plan_file, out=tmp_path / "out"), says=("model.layers.2.",))
 
 
@@ -393,10 +393,10 @@ def test_bad_probe_settings(refuses, given, tmp_path, changes, says):
 
 
 def test_a_race_of_rank_zero(refuses, given, plan_file, tmp_path):
-    refuses("race", *options(given, plan=plan_file, out=tmp_path / "out", rank=0), says=("rank",))
+    refuses("compare", *options(given, plan=plan_file, out=tmp_path / "out", rank=0), says=("rank",))
 
 
-@pytest.mark.parametrize("command", ["train", "race"])
+@pytest.mark.parametrize("command", ["train", "compare"])
 def test_output_directory_that_is_not_empty(refuses, given, plan_file, tmp_path, command, monkeypatch):
     from aletheia_tune import train
 
@@ -510,7 +510,7 @@ def test_interrupting_a_race_leaves_no_file_and_no_process(given, plan_file, tmp
     before = disk(tmp_path)
     arguments = options({**given, "--steps": "1000000"}, plan=plan_file, out=tmp_path / "out", rank=2)
     process = subprocess.Popen(
-        [sys.executable, "-m", "aletheia_tune", "race", *arguments],
+        [sys.executable, "-m", "aletheia_tune", "compare", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},

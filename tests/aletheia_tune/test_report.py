@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from aletheia_tune import figures
+from aletheia_tune.environment import machine_facts
 from aletheia_tune.errors import UserError
 from aletheia_tune.plan import ModulePlan, Plan, make_plan
 from aletheia_tune.race import ArmResult, RaceResult
-from aletheia_tune.report import machine_facts, write_report
+from aletheia_tune.report import write_report
 from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult
 

@@ -1,0 +1,93 @@
+"""How an arm of a race comes by its plan: which score, how much of the model, of what rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aletheia_tune.data import Example, batches, pad_token_id
+from aletheia_tune.errors import UserError
+from aletheia_tune.plan import Plan, Ranks, make_plan, uniform_plan
+from aletheia_tune.probe import METHODS, probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+UNIFORM = "uniform"
+SUFFIX = "top"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A plan that is made where and when it is needed, so that its cost can be charged.
+
+    Attributes:
+        score: a score of the probe; "uniform" for every layer, or "top" for the layers nearest to the loss, both
+            without a probe.
+        layers: share of the layers to adapt, in percent.
+        rank: of every adapter, or the mean rank where ranks go by score.
+        alpha: of every adapter; by default twice its rank.
+        ranks: as `make_plan` takes it.
+        targets: as `make_plan` takes it; every linear by default.
+        probe_batches: batches that the probe reads.
+        probe_batch_size: examples in one of them.
+
+    Raises:
+        UserError: a score of no such name, a share outside (0, 100], no probe batches.
+    """
+
+    score: str = UNIFORM
+    layers: float = 100
+    rank: int = 16
+    alpha: float | None = None
+    ranks: Ranks = "uniform"
+    targets: tuple[str, ...] | None = None
+    probe_batches: int = 5
+    probe_batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        known = (UNIFORM, SUFFIX, *METHODS)
+        if self.score not in known:
+            raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
+        if not 0 < self.layers <= 100:
+            raise UserError(f"layers is {self.layers}: give a share in percent, above 0 and up to 100")
+        for name in ("probe_batches", "probe_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    def plan(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        seed: int,
+    ) -> Plan:
+        """The plan for this model and these training examples; the model is left as it was.
+
+        Raises:
+            UserError: as `probe` and `make_plan` raise it.
+        """
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        everywhere = uniform_plan(model, rank=self.rank, alpha=alpha, targets=self.targets)
+        if self.score == UNIFORM:
+            return everywhere
+        if self.score == SUFFIX:
+            count = max(int(everywhere.num_layers * self.layers / 100), 1)
+            return everywhere.only_layers(range(everywhere.num_layers - count, everywhere.num_layers))
+        scores = probe(
+            model,
+            batches(
+                examples, self.probe_batch_size, pad_token_id(tokenizer), seed=seed, count=self.probe_batches
+            ),
+            method=self.score,
+            seed=seed,
+        )
+        return make_plan(
+            scores,
+            layers=self.layers,
+            ranks=self.ranks,
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=self.targets,
+        )
