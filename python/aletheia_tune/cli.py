@@ -93,6 +93,7 @@ Accumulation = Annotated[
     int, typer.Option("--gradient-accumulation", help="Forward passes in one optimizer step.")
 ]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+LoraPlus = Annotated[float, typer.Option(help="LoRA+: learning rate of B over that of A.")]
 ScheduleOption = Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")]
 Warmup = Annotated[float, typer.Option(help="Warm-up: steps, or below 1 a share of all steps.")]
 Smoothing = Annotated[
@@ -173,6 +174,10 @@ def plan(
     alpha: Annotated[
         float | None, typer.Option(help="LoRA alpha of every module; twice its rank if not given.")
     ] = None,
+    rslora: Annotated[
+        bool,
+        typer.Option("--rslora", help="Scale by alpha / √rank, not alpha / rank; alpha 8 if not given."),
+    ] = False,
     targets: Annotated[
         list[str] | None,
         typer.Option(help="Module to adapt, as q_proj; may be repeated. All linears if not given."),
@@ -198,6 +203,7 @@ def plan(
         mlp_rank=mlp_rank,
         budget=budget,
         alpha=alpha,
+        rslora=rslora,
         targets=targets,
         dropout=dropout,
     )
@@ -218,6 +224,7 @@ def train(
     batch_size: BatchSize = 4,
     gradient_accumulation: Accumulation = 1,
     learning_rate: LearningRate = 2e-4,
+    lora_plus: LoraPlus = 1.0,
     schedule: ScheduleOption = Schedule.linear,
     warmup: Warmup = 0.03,
     label_smoothing: Smoothing = 0.0,
@@ -253,6 +260,7 @@ def train(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         learning_rate=learning_rate,
+        lora_plus=lora_plus,
         schedule=schedule.value,
         warmup=warmup,
         label_smoothing=label_smoothing,

@@ -38,6 +38,7 @@ VERSION = 1
 
 Ranks = Literal["uniform", "by-type", "by-score"]
 _ADAPTER = "default"
+_RSLORA_ALPHA = 8.0
 _ROUNDING = 1e-9
 _NEGLIGIBLE = 1e-12
 
@@ -298,6 +299,7 @@ def make_plan(
     mlp_rank: int = 64,
     budget: int | None = None,
     alpha: float | None = None,
+    rslora: bool = False,
     targets: Sequence[str] | None = None,
     dropout: float = 0.0,
 ) -> Plan:
@@ -315,6 +317,8 @@ def make_plan(
         budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would cost.
         alpha: of every module; by default 2 · its rank, so that alpha / rank is 2 (the published 32 / 16)
             throughout.
+        rslora: scale adapters by alpha / √rank (arXiv 2312.03732), by default 8 / √rank, which is 2 at rank 16.
+            The plan keeps alpha · √rank, so its scaling is alpha / rank as ever, for stock PEFT too.
         targets: the modules to adapt, by full name or by its end ("q_proj", "mlp.up_proj"); by default all scored.
 
     Raises:
@@ -355,8 +359,8 @@ def make_plan(
 
     return Plan(
         {
-            name: ModulePlan(rank_of[name], 2.0 * rank_of[name] if alpha is None else alpha)
-            for name in modules
+            name: ModulePlan(module_rank, _alpha(module_rank, alpha, rslora))
+            for name, module_rank in rank_of.items()
         },
         num_layers=len(scores.layers),
         layer_path=scores.layer_path,
@@ -367,10 +371,18 @@ def make_plan(
             "share": layers,
             "ranks": ranks,
             "budget": budget,
+            "rslora": rslora,
             "targets": list(targets) if targets is not None else None,
             "layer_scores": list(scores.layers),
         },
     )
+
+
+def _alpha(rank: int, alpha: float | None, rslora: bool) -> float:
+    """The alpha whose alpha / rank is the scaling asked for."""
+    if rslora:
+        return (_RSLORA_ALPHA if alpha is None else alpha) * math.sqrt(rank)
+    return 2.0 * rank if alpha is None else alpha
 
 
 def uniform_plan(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class TrainConfig:
         batch_size: examples in one forward pass.
         gradient_accumulation: forward passes in one optimizer step.
         learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
+        lora_plus: learning rate of the adapters' B over that of their A, which is `learning_rate` (LoRA+, arXiv
+            2402.12354).
         schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
         warmup: steps of linear warm-up; below 1, the share of all steps.
         label_smoothing: share of every label that all tokens of the vocabulary divide among them, in training alone.
@@ -81,6 +84,7 @@ class TrainConfig:
     batch_size: int = 4
     gradient_accumulation: int = 1
     learning_rate: float = 2e-4
+    lora_plus: float = 1.0
     schedule: str = "linear"
     warmup: float = 0.03
     label_smoothing: float = 0.0
@@ -107,6 +111,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
+        if not (self.lora_plus > 0 and math.isfinite(self.lora_plus)):
+            raise UserError(f"lora_plus is {self.lora_plus}: it must be a positive number, 1 for equal rates")
         if not (self.warmup >= 0 and math.isfinite(self.warmup)):
             raise UserError(
                 f"warmup is {self.warmup}: give a share of the steps below 1, or a number of steps"
@@ -132,7 +138,7 @@ class StepRecord:
         seconds: training time from the start to the end of this step, evaluation left out.
         step_seconds: time of this step alone.
         loss: mean over the step's labelled tokens, before its update.
-        learning_rate: at which the update was made.
+        learning_rate: at which the update of A was made.
         grad_norm: L2 norm of all adapter gradients before clipping.
         tokens: tokens in the step's batches, padding left out.
     """
@@ -671,6 +677,11 @@ def _trainer(
         callbacks=callbacks,
     )
     trainer.run = run
+    if config.lora_plus != 1.0:
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        trainer.optimizer = create_loraplus_optimizer(
+            run.model, optimizer, loraplus_lr_ratio=config.lora_plus, **options
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

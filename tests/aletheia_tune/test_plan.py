@@ -93,6 +93,23 @@ def test_the_highest_layers_are_chosen_ties_to_the_lower_index(layers, share, ch
     assert len(plan.modules) == 4 * len(chosen)
 
 
+def test_rslora_scales_by_the_root_of_the_rank_in_stock_peft_too():
+    given_scores = scores(1.0, 2.0)
+    by_type = {"ranks": "by-type", "attention_rank": 4, "mlp_rank": 9, "rslora": True}
+    plan = make_plan(given_scores, layers=100, alpha=6, **by_type)
+    model = llama(2)
+    stock = lora_layers(get_peft_model(model, plan.to_lora_config(model)))
+    assert dict(stock.values()) == {
+        4: pytest.approx(6 / 2),
+        9: pytest.approx(6 / 3),
+    }
+    assert Plan.from_json(plan.to_json()) == plan
+    # By default what alpha / rank is by default, at rank 16.
+    default = make_plan(given_scores, rank=16, rslora=True)
+    assert planned(default) == planned(make_plan(given_scores, rank=16))
+    assert {scaling for _, scaling in planned(make_plan(given_scores, rank=4, rslora=True)).values()} == {4.0}
+
+
 def test_ranks_uniform_and_by_type_and_alpha():
     given_scores = scores(1.0, 2.0)
     uniform = make_plan(given_scores, rank=4)

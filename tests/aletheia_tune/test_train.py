@@ -171,6 +171,31 @@ def test_label_smoothing_is_the_trainers_with_kernels_and_without(tune, tmp_path
     assert ours.eval_loss_before == sharp.eval_loss_before, "held-out loss is never smoothed"
 
 
+def test_lora_plus_gives_b_its_own_rate_under_the_same_schedule(tune, tmp_path):
+    rates: list[tuple[float, float]] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+            assert len(by_parameter) == sum(len(group["params"]) for group in optimizer.param_groups)
+            assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+            found = {
+                kind: {
+                    by_parameter[id(p)]["lr"]
+                    for name, p in kwargs["model"].named_parameters()
+                    if kind in name
+                }
+                for kind in ("lora_A", "lora_B")
+            }
+            rates.append((*found["lora_A"], *found["lora_B"]))
+
+    config = dataclasses.replace(CONFIG, steps=4, lora_plus=8.0, schedule="linear")
+    result = tune(tmp_path / "out", config, callbacks=[Watch()])
+    assert [a for a, _ in rates] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    assert [b / a for a, b in rates] == pytest.approx([8.0] * 4)
+    assert [record.learning_rate for record in result.history] == pytest.approx([a for a, _ in rates])
+
+
 def test_the_seed_alone_decides(tune, tmp_path):
     again = [tune(tmp_path / name, plan=plan_on((2, 3), dropout=0.2)) for name in ("first", "second")]
     assert_same_adapter(tmp_path / "first", tmp_path / "second")
@@ -376,6 +401,7 @@ def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path
         ({"gradient_accumulation": 0}, "gradient_accumulation is 0"),
         ({"learning_rate": 0.0}, "learning rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning rate is nan"),
+        ({"lora_plus": 0.0}, "lora_plus is 0.0"),
         ({"warmup": -1.0}, "warmup is -1.0"),
         ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
         ({"schedule": "cosinus"}, "schedule 'cosinus' is unknown"),
