@@ -92,6 +92,10 @@ BatchSize = Annotated[int, typer.Option(help="Examples in one forward pass.")]
 Accumulation = Annotated[
     int, typer.Option("--gradient-accumulation", help="Forward passes in one optimizer step.")
 ]
+GroupByLength = Annotated[
+    bool, typer.Option("--group-by-length", help="Examples of like length share a batch.")
+]
+Packing = Annotated[bool, typer.Option("--packing", help="Batches without padding, in one row.")]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 LoraPlus = Annotated[float, typer.Option(help="LoRA+: learning rate of B over that of A.")]
 ScheduleOption = Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")]
@@ -223,6 +227,8 @@ def train(
     epochs: Epochs = None,
     batch_size: BatchSize = 4,
     gradient_accumulation: Accumulation = 1,
+    group_by_length: GroupByLength = False,
+    packing: Packing = False,
     learning_rate: LearningRate = 2e-4,
     lora_plus: LoraPlus = 1.0,
     schedule: ScheduleOption = Schedule.linear,
@@ -259,6 +265,8 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
+        group_by_length=group_by_length,
+        packing=packing,
         learning_rate=learning_rate,
         lora_plus=lora_plus,
         schedule=schedule.value,

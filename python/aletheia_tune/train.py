@@ -23,8 +23,9 @@ from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.attention import KernelAttention, kernel_attention
@@ -33,6 +34,7 @@ from aletheia_tune.environment import peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import LabelledHead, labelled_head
 from aletheia_tune.norms import kernel_norms
+from aletheia_tune.packing import require_separation
 from aletheia_tune.patch import PatchReport, apply_kernels, restore
 from aletheia_tune.prefix import cut_prefix
 
@@ -55,6 +57,9 @@ class TrainConfig:
         epochs: passes over the training examples; 1 when neither is given.
         batch_size: examples in one forward pass.
         gradient_accumulation: forward passes in one optimizer step.
+        group_by_length: examples of like length share a batch, so that less of it is padding.
+        packing: the examples of a batch lie one after another in one row, without padding, and do not attend to each
+            other; the loss is that of the padded batch.
         learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
         lora_plus: learning rate of the adapters' B over that of their A, which is `learning_rate` (LoRA+, arXiv
             2402.12354).
@@ -83,6 +88,8 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = 4
     gradient_accumulation: int = 1
+    group_by_length: bool = False
+    packing: bool = False
     learning_rate: float = 2e-4
     lora_plus: float = 1.0
     schedule: str = "linear"
@@ -381,7 +388,8 @@ def fine_tune(
         overwrite: replace a directory that is there.
 
     Raises:
-        UserError: the output directory is taken, a plan that does not fit the model, no examples.
+        UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
+            model that does not keep packed examples apart.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for the evaluation before training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
@@ -420,6 +428,8 @@ def fine_tune(
                 if head.active:
                     # The Trainer's own would keep the labels from the model and ask it for all logits.
                     trainer.label_smoother = None
+            if config.packing:
+                require_separation(peft_model)
             setup_seconds = time.perf_counter() - started
             stop = run.to_the_end(trainer, out_dir)
         if not run.worth_keeping:
@@ -586,11 +596,22 @@ class _Trainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        self.run.step_tokens += int(inputs["attention_mask"].sum())
+        mask = inputs.get("attention_mask")  # a packed batch has none, and no padding
+        self.run.step_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
             raise _NonFinite("loss", loss.item(), len(self.run.history) + 1)
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.run.config.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        # The Trainer's own would draw from the global generator, of which every plan leaves another state.
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=[len(example["input_ids"]) for example in self.train_dataset],
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -673,7 +694,7 @@ def _trainer(
         model=run.model,
         args=arguments,
         train_dataset=train_examples,
-        data_collator=run.collator,
+        data_collator=DataCollatorWithFlattening() if config.packing else run.collator,
         callbacks=callbacks,
     )
     trainer.run = run

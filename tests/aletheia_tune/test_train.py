@@ -231,6 +231,51 @@ def test_accumulation_is_a_larger_batch(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
+def test_packing_is_the_padded_batch_without_padding(tune, tmp_path):
+    padded = tune(tmp_path / "padded")
+    packed = tune(tmp_path / "packed", dataclasses.replace(CONFIG, packing=True))
+    plain = tune(tmp_path / "plain", dataclasses.replace(CONFIG, packing=True, kernels=False))
+    for mine, other, theirs in zip(packed.history, plain.history, padded.history, strict=True):
+        assert mine.tokens == other.tokens == theirs.tokens
+        assert [mine.loss, other.loss] == pytest.approx([theirs.loss] * 2, rel=1e-4)
+        assert [mine.grad_norm, other.grad_norm] == pytest.approx([theirs.grad_norm] * 2, rel=1e-3)
+
+
+def test_grouping_by_length_leaves_less_padding_in_an_order_of_the_seed(tune, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=24, group_by_length=True)  # two epochs
+    widths: dict[str, list[int]] = {}
+
+    def run(name: str, config: TrainConfig, plan: Plan = PLAN) -> list[int]:
+        widths[name] = []
+
+        def watch(model: Any) -> None:
+            model.register_forward_pre_hook(
+                lambda _, args, kwargs: (
+                    widths[name].append(kwargs["input_ids"].shape[1]) if model.training else None
+                ),
+                with_kwargs=True,
+            )
+
+        result = tune(tmp_path / name, config, plan, changes=[watch])
+        return [record.tokens for record in result.history]
+
+    grouped = run("grouped", config)
+    assert grouped == run("other plan", config, plan_on((0, 1, 2), dropout=0.3))
+    assert grouped != run("other seed", dataclasses.replace(config, seed=1))
+    shuffled = run("shuffled", dataclasses.replace(config, group_by_length=False))
+    assert sum(grouped) == sum(shuffled), "each epoch has every example"
+    assert sum(grouped[:12]) == sum(grouped[12:])
+    assert grouped[:12] != grouped[12:]
+    assert sum(widths["grouped"]) < sum(widths["shuffled"])
+
+
+def test_packing_is_refused_where_examples_would_mix(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    with pytest.raises(UserError, match="does not keep the examples of a packed batch apart"):
+        tune(tmp_path / "out", dataclasses.replace(CONFIG, packing=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_epochs_are_passes_over_the_examples(tune, tmp_path):
     result = tune(tmp_path / "out", dataclasses.replace(CONFIG, steps=None, epochs=0.5))
     assert len(result.history) == 6  # half of 48 examples in batches of 4
