@@ -606,10 +606,11 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.run.config.group_by_length:
             return super()._get_train_sampler(train_dataset)
+        examples: Any = self.train_dataset
         # The Trainer's own would draw from the global generator, of which every plan leaves another state.
         return LengthGroupedSampler(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=[len(example["input_ids"]) for example in self.train_dataset],
+            lengths=[len(example["input_ids"]) for example in examples],
             generator=torch.Generator().manual_seed(self.args.seed),
         )
 
