@@ -102,11 +102,11 @@ class RaceTask:
         return tuple(contestant for contestant in self.contestants if not contestant.baseline)
 
     def digest(self) -> str:
-        """A hash of everything that the figures depend on, the data files' contents included."""
-        content = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
-        for path in (self.train, self.eval, self.other_text, str(Path(self.model) / "config.json")):
+        """A hash of what all arms share: the configuration of the model and the contents of the data files."""
+        content = hashlib.sha256()
+        for path in (Path(self.model) / "config.json", self.train, self.eval, self.other_text):
             if path is not None:
-                content.update(Path(path).read_bytes())
+                content.update(hashlib.sha256(Path(path).read_bytes()).digest())
         return content.hexdigest()
 
 
@@ -281,7 +281,7 @@ class Verdict:
 
     Attributes:
         task: the task's name.
-        digest: of the task.
+        digest: of the task's model and data.
         rates: for each arm the held-out loss at every rate that was tried.
         chosen: for each arm its best rate.
         objection: why there is no verdict; None when there is one.
@@ -367,7 +367,8 @@ def referee(
 
     Args:
         task: from `read_task`.
-        out: directory; one that another task has used is refused unless `overwrite`.
+        out: directory; one with runs over another model or other data is refused unless `overwrite`. The same task
+            with an arm more or less takes over every run that it shares.
         progress: show on stderr what runs.
         overwrite: begin anew in a directory that holds another task's runs.
 
@@ -497,8 +498,29 @@ def _forgetting(arm: ArmResult) -> float | None:
     return arm.perplexity_after / arm.perplexity_before
 
 
+def _digest(arms: Sequence[Arm]) -> str:
+    """Names a race by all that tells it from others over the same data; a new option's default changes no name."""
+    content = []
+    for arm in arms:
+        assert isinstance(arm.plan, Recipe)
+        assert arm.config is not None
+        settings = {**_settings(arm.plan), **_settings(arm.config)}
+        content.append([arm.name, arm.kernels, settings])
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _settings(values: Recipe | TrainConfig) -> dict[str, Any]:
+    """What differs from the defaults and matters to a result."""
+    silent = {"progress"}
+    return {
+        one.name: getattr(values, one.name)
+        for one in dataclasses.fields(values)
+        if getattr(values, one.name) != one.default and one.name not in silent
+    }
+
+
 class _Runs:
-    """Races under one directory, each run once: what is there already is read."""
+    """Races under one directory, each run once: what is there already is read, whatever else the task now says."""
 
     def __init__(self, task: RaceTask, directory: Path, console: Console, progress: bool) -> None:
         self.task = task
@@ -508,7 +530,7 @@ class _Runs:
         self.text = None if task.other_text is None else Path(task.other_text).read_text(encoding="utf-8")
 
     def race(self, name: str, arms: Sequence[Arm], *, forgetting: bool = True) -> RaceResult:
-        place = self.directory / name
+        place = self.directory / f"{name}-{_digest(arms)}"
         with contextlib.suppress(FileNotFoundError):
             return RaceResult.from_json((place / "race.json").read_text(encoding="utf-8"))
         self.console.print(f"{self.task.name}: {name}", highlight=False)

@@ -70,7 +70,6 @@ def test_a_miniature_race(task_file, tmp_path):
     task = read_task(task_file)
     out = tmp_path / "out"
     verdict = referee(task, out, progress=False)
-    print(verdict.rates)
     assert verdict.objection is None
     written = json.loads((out / VERDICT).read_text())
     assert written["recommended"] == "half"
@@ -101,9 +100,10 @@ def test_a_miniature_race(task_file, tmp_path):
     assert referee(task, out, progress=False) == verdict
     assert runs == {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
 
-    other = dataclasses.replace(task, seeds=(1,))
+    with open(task.eval, "a") as file:
+        file.write("\n")
     with pytest.raises(UserError, match="exists and is not empty"):
-        referee(other, out, progress=False)
+        referee(task, out, progress=False)
     assert runs == {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
 
 
@@ -145,12 +145,23 @@ def test_paths_are_those_beside_the_file(task_file):
         read_task(task_file)
 
 
-def test_other_data_is_another_task(task_file):
+def test_a_run_is_known_by_what_it_depends_on(task_file):
     task = read_task(task_file)
-    before = task.digest()
-    with open(task.other_text or "", "a") as file:
-        file.write("more")
-    assert task.digest() != before
+    peft, half = task.contestants
+    name = referee_module._digest([peft.arm(1e-3, 0)])
+    assert name == referee_module._digest([peft.arm(1e-3, 0)])
+    shown = dataclasses.replace(peft, config=dataclasses.replace(peft.config, progress=True))
+    assert name == referee_module._digest([shown.arm(1e-3, 0)])
+    others = [
+        peft.arm(2e-3, 0),
+        peft.arm(1e-3, 1),
+        peft.arm(1e-3, 0, steps=7),
+        dataclasses.replace(peft, recipe=dataclasses.replace(peft.recipe, rank=5)).arm(1e-3, 0),
+        dataclasses.replace(half, name="peft").arm(1e-3, 0),
+    ]
+    names = {referee_module._digest([other]) for other in others}
+    assert len(names) == len(others)
+    assert name not in names
 
 
 PLAN = Plan({"model.layers.3.mlp.up_proj": ModulePlan(4, 8.0)}, 4, "model.layers")
