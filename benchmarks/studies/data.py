@@ -60,9 +60,13 @@ def _write(name: str, records: Iterable[Mapping[str, str]]) -> None:
 
 def main() -> int:
     """Exit code 2 and one line when something is the user's to mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=("gsm8k", "code"))
-    parser.add_argument("--from", dest="source", type=Path, help="directory of GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="directory of GSM8K's train.jsonl and test.jsonl"
+    )
     arguments = parser.parse_args()
     if arguments.task == "gsm8k" and arguments.source is None:
         parser.error("gsm8k needs --from DIR with its train.jsonl and test.jsonl")

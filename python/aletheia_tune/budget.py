@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +108,7 @@ def frontier(
 
 
 class _Table:
-    """The knapsack of every depth: ``best[d]`` is the score by budget step that layers d and above can keep."""
+    """What the plans of every budget have in common: prices, options, and the way to choose among them."""
 
     def __init__(
         self,
@@ -159,22 +159,15 @@ class _Table:
             ]
             for name, module in self.modules
         }
-        cheapest = [
-            self.base[module.layer] + calibration.adapter_seconds(name, min(self.options[name]), batch)
+        alone = {
+            name: self.base[module.layer] + calibration.adapter_seconds(name, min(self.options[name]), batch)
             for name, module in self.modules
             if self.options[name]
-        ]
-        if not cheapest:
+        }
+        if not alone:
             raise UserError(f"no scored module can have a rank of {ranks}: give lower ones")
-        self.least = min(cheapest) / self.uniform
-        self.all_seconds = max(
-            math.fsum(
-                calibration.adapter_seconds(name, max(self.options[name]), batch)
-                for name, _ in self.modules
-                if self.options[name]
-            ),
-            1e-12,
-        )
+        self.cheapest = min(alone, key=alone.__getitem__)
+        self.least = alone[self.cheapest] / self.uniform
 
     def share(self, plan: Plan) -> float:
         return predict(plan, self.calibration, self.batch, cached=self.cached).seconds / self.uniform
@@ -186,12 +179,17 @@ class _Table:
             )
         if budget < self.least:
             raise UserError(
-                f"time budget {budget:.0%} is too small for any adapter: at least {math.ceil(self.least * 1000) / 10:g}%"
+                f"time budget {budget:.1%} is too small for any adapter: "
+                f"give at least {math.ceil(self.least * 1000) / 10:g}%"
             )
         room = [budget * self.uniform - base for base in self.base]
-        # More than every adapter at its highest rank costs cannot be spent.
-        unit = min(max(room), self.all_seconds) / _STEPS
-        ranks, depth = self._fill(room, unit)
+        # Prices are rounded up in the table, so a plan that fits to the last microsecond may escape it.
+        candidates = [
+            self._fill(room),
+            {self.cheapest: min(self.options[self.cheapest])},
+            *self._suffixes(room),
+        ]
+        ranks = max(candidates, key=self._value)
         modules = {
             name: ModulePlan(ranks[name], 2.0 * ranks[name])
             for name in self.scores.modules
@@ -219,10 +217,33 @@ class _Table:
         )
         return plan
 
-    def _fill(self, room: Sequence[float], unit: float) -> tuple[dict[str, int], int]:
+    def _value(self, ranks: Mapping[str, int]) -> float:
+        return sum(self.scores.modules[name].score * _worth(rank, self.rank) for name, rank in ranks.items())
+
+    def _suffixes(self, room: Sequence[float]) -> Iterator[dict[str, int]]:
+        """``rank`` on every module from a layer up, for each layer where that is affordable."""
+        ranks: dict[str, int] = {}
+        seconds = 0.0
+        for depth, group in itertools.groupby(self.modules, key=lambda each: each[1].layer):
+            for name, _ in group:
+                if self.rank in self.options[name]:
+                    ranks[name] = self.rank
+                    seconds += self.calibration.adapter_seconds(name, self.rank, self.batch)
+            if seconds <= room[depth] + _ROUNDING * self.uniform:
+                yield dict(ranks)
+
+    def _fill(self, room: Sequence[float]) -> dict[str, int]:
+        """The best ranks over all depths, by what is left in ``room`` for the adapters of each depth."""
+        # More than every adapter at its highest rank costs cannot be spent.
+        most = sum(
+            self.calibration.adapter_seconds(name, max(ranks), self.batch)
+            for name, ranks in self.options.items()
+            if ranks
+        )
+        unit = max(min(max(room), most), _ROUNDING * self.uniform) / _STEPS
         best = np.zeros(_STEPS + 1)
         taken: list[np.ndarray] = []
-        winner: tuple[float, int, int, int] | None = None  # score, modules looked at, steps, depth
+        winner = (-1.0, 0, 0)  # score, modules looked at, steps
         seen = 0
         for depth, group in itertools.groupby(self.modules, key=lambda each: each[1].layer):
             for name, module in group:
@@ -241,20 +262,19 @@ class _Table:
                 seen += 1
             steps = min(math.floor(room[depth] / unit + _ROUNDING), _STEPS)
             # Deeper has to keep more: at the same score the shallower plan is the faster one.
-            if steps >= 0 and (winner is None or best[steps] > winner[0]):
-                winner = (float(best[steps]), seen, steps, depth)
-        assert winner is not None
-        _, seen, steps, depth = winner
+            if steps >= 0 and best[steps] > winner[0]:
+                winner = (float(best[steps]), seen, steps)
+        _, seen, steps = winner
         ranks = {}
         for (name, _), choice in reversed([*zip(self.modules[:seen], taken[:seen], strict=True)]):
             if choice[steps]:
                 ranks[name] = self.options[name][choice[steps] - 1]
                 seconds = self.calibration.adapter_seconds(name, ranks[name], self.batch)
                 steps -= math.ceil(seconds / unit - _ROUNDING)
-        return ranks, depth
+        return ranks
 
     def _prices(self, plan: Plan) -> list[float]:
-        """Milliseconds of a layer: of its planned adapters, or of ``rank`` on every module, and of its backward pass."""
+        """Milliseconds of a layer: its backward pass and its planned adapters, or ``rank`` on every module."""
         prices = list(self.backward)
         for name, module in self.scores.modules.items():
             planned = plan.modules.get(name)

@@ -1,4 +1,4 @@
-"""The command line: aletheia probe | plan | train | race | doctor."""
+"""The command line: aletheia probe | cost | plan | train | race | doctor."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def plan(
     scores: Annotated[Path, typer.Option(help="Scores, as `aletheia probe` writes them.")],
     out: OutFile,
     layers: Annotated[
-        str, typer.Option(help="Share of the layers to adapt, those of highest score.")
-    ] = "50%",
+        str | None, typer.Option(help="Share of the layers to adapt, those of highest score (50%).")
+    ] = None,
     ranks: Annotated[
         Ranks,
         typer.Option(
@@ -174,7 +174,19 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of every module (uniform).")] = 16,
     attention_rank: Annotated[int, typer.Option(help="Rank of attention modules (by-type).")] = 16,
     mlp_rank: Annotated[int, typer.Option(help="Rank of MLP modules (by-type).")] = 64,
-    budget: Annotated[int | None, typer.Option(help="Trainable parameters at most (by-score).")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="At most: a share of the uniform plan's step time, as 60% (needs --calibration; chooses layers, "
+            "modules and ranks), or a number of trainable parameters (by-score)."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Prices of this machine, as `aletheia cost` writes them.")
+    ] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="SVG file to draw the score kept over step time into.")
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="LoRA alpha of every module; twice its rank if not given.")
     ] = None,
@@ -191,29 +203,103 @@ def plan(
 ) -> None:
     """Choose the layers and the ranks of their adapters from the scores.
 
-    Example: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
+    Examples: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
+
+    [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json --out plan.json[/bold]
     """
     from aletheia_tune import files
     from aletheia_tune.plan import make_plan
     from aletheia_tune.scores import Scores
 
     files.check_output(out, overwrite, directory=False)
-    made = make_plan(
-        Scores.from_json(_read(scores, "scores")),
-        layers=_percent(layers),
-        ranks=ranks.value,
-        rank=rank,
-        attention_rank=attention_rank,
-        mlp_rank=mlp_rank,
-        budget=budget,
-        alpha=alpha,
-        rslora=rslora,
-        targets=targets,
-        dropout=dropout,
-    )
+    timed = budget is not None and budget.strip().endswith("%")
+    if timed and calibration is None:
+        raise UserError(
+            f"--budget {budget} is a share of the step time: give --calibration, from `aletheia cost`"
+        )
+    if not timed and (calibration is not None or frontier is not None):
+        raise UserError("--calibration and --frontier go with a time budget: give --budget like 60%")
+    if timed and (ranks is not Ranks.uniform or targets or alpha is not None or rslora or layers is not None):
+        raise UserError(
+            "--budget in percent chooses layers, modules and ranks: drop --layers, --ranks, --targets, --alpha, --rslora"
+        )
+    if frontier is not None:
+        files.check_output(frontier, overwrite, directory=False)
+    read = Scores.from_json(_read(scores, "scores"))
+    if budget is not None and calibration is not None:
+        from aletheia_tune import budget as budgets
+        from aletheia_tune import figures
+        from aletheia_tune.cost import Calibration
+
+        prices = Calibration.from_json(_read(calibration, "calibration"))
+        made = budgets.budget_plan(
+            read, prices, _percent(budget, "--budget") / 100, rank=rank, dropout=dropout
+        )
+        if frontier is not None:
+            points = budgets.frontier(read, prices, rank=rank)
+            svg = figures.frontier(
+                [(point.cost, point.score) for point in points],
+                chosen=(made.meta["predicted_time"], made.meta["score_kept"]),
+                label="Score kept over predicted step time",
+            )
+            files.write_text(frontier, figures.standalone(svg), overwrite)
+        print(made.explain())
+    else:
+        made = make_plan(
+            read,
+            layers=_percent(layers or "50%", "--layers"),
+            ranks=ranks.value,
+            rank=rank,
+            attention_rank=attention_rank,
+            mlp_rank=mlp_rank,
+            budget=None if budget is None else _whole(budget),
+            alpha=alpha,
+            rslora=rslora,
+            targets=targets,
+            dropout=dropout,
+        )
     files.write_text(out, made.to_json(), overwrite)
     chosen = ", ".join(str(layer) for layer in made.layers)
     print(f"{len(made.layers)} of {made.num_layers} layers ({chosen}), {len(made.modules)} modules: {out}")
+
+
+@app.command()
+def cost(
+    model: Model,
+    out: OutFile,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    labelled: Annotated[float, typer.Option(help="Share of the tokens that is trained on.")] = 0.5,
+    dtype: DtypeOption = Dtype.bfloat16,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time a few training steps here, so that `aletheia plan --budget 60%` knows what a plan costs.
+
+    Example: [bold]aletheia cost --model ./my-model --out cost.json[/bold]
+    """
+    import torch
+
+    from aletheia_tune import files
+    from aletheia_tune.cost import Batch, calibrate
+
+    files.check_output(out, overwrite, directory=False)
+    shape = Batch(batch, length, labelled)
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"threads is {threads}: it must be more than 0")
+        torch.set_num_threads(threads)
+    loaded, _ = _model(model, dtype)
+    limit = getattr(loaded.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"length {length} is above the model's {limit} positions: give a shorter one")
+    calibration = calibrate(loaded, shape)
+    files.write_text(out, calibration.to_json(), overwrite)
+    uniform = calibration.meta["plans"]["uniform, rank 16"]["measured_s"]
+    print(
+        f"uniform rank 16 takes {uniform:.3g} s a step; calibrated in {calibration.meta['seconds']:.0f} s: {out}; "
+        f"next: aletheia plan --scores scores.json --budget 60% --calibration {out} --out plan.json"
+    )
 
 
 @app.command()
@@ -434,11 +520,20 @@ def _load(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, field
     return examples
 
 
-def _percent(text: str) -> float:
+def _percent(text: str, option: str) -> float:
     try:
         return float(text.strip().removesuffix("%"))
     except ValueError:
-        raise UserError(f"--layers {text} is not a share of the layers: give one like 50%") from None
+        raise UserError(f"{option} {text} is not a share: give one like 50%") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"--budget {text} is neither a share of the step time, as 60%, nor a number of parameters"
+        ) from None
 
 
 def _read(path: Path, what: str) -> str:

@@ -416,8 +416,10 @@ def calibrate(model: nn.Module, batch: Batch | None = None, *, rounds: int = 3) 
     )
     update = _fit([[1.0, row["parameters"]] for row in rows], parts["update"])
     held = _fit([_kept_features(shape, plan, batch) for plan in plans.values()], kept)
+    # In the order of the fields.
+    prices = [*forward, statistics.median(parts["head"]) / labelled, *backward, *update, *held]
     coefficients = Coefficients(
-        *forward, statistics.median(parts["head"]) / labelled, *backward, *update, *held
+        **{field.name: price for field, price in zip(fields(Coefficients), prices, strict=True)}
     )
     parameter = next(model.parameters())
     calibration = Calibration(shape, batch, coefficients, {})
@@ -514,7 +516,10 @@ class TimedPlan:
 def timed_plans(model: nn.Module, plans: Sequence[Plan], batch: Batch) -> Iterator[list[TimedPlan]]:
     """Several plans side by side in this process, so that they can be timed in turn; gone when the context ends."""
     data = _random_batch(model, batch)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as undo:
+        # PEFT freezes the weights that the copies share.
+        undo.callback(lambda: [parameter.requires_grad_() for parameter in trainable])
         yield [TimedPlan(model, plan, data, undo) for plan in plans]
 
 

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # 4.2 in = 302 pt: less than the column of a phone, so that text grows there too.
 _WIDTH_INCHES = 4.2
@@ -37,6 +37,15 @@ CSS_VARIABLES: dict[str, str] = {
     _REST: "--rest",
     _CELL: "--cell",
     **{marker: f"--arm-{i}" for i, marker in enumerate(_ARMS)},
+}
+# The report's light colours, for a figure without a page.
+_LIGHT = {
+    "--ink": "#1b1e23",
+    "--muted": "#5b626d",
+    "--grid": "#d5d9df",
+    "--arm-0": "#4a4f57",
+    "--arm-1": "#d55e00",
+    "--arm-2": "#0072b2",
 }
 _DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0, ()),
@@ -148,6 +157,35 @@ def loss_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, label: s
         axes.set_xlim(left=0)
         figure.legend(loc="outside upper left", ncols=1, fontsize=10, handlelength=3.2, borderaxespad=0)
         return _inline_svg(figure, label)
+
+
+def frontier(points: Sequence[tuple[float, float]], *, chosen: tuple[float, float] | None, label: str) -> str:
+    """Score kept over step time, both in shares of the uniform plan's; ``chosen`` is starred."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_INCHES, 3.0), layout="constrained")
+        axes = figure.subplots()
+        costs, kept = zip(*sorted(points), strict=True)
+        axes.plot(costs, kept, color=_ARMS[2], linewidth=1.6, marker="o", markersize=4)
+        axes.plot([1.0], [1.0], color=_ARMS[0], marker="s", markersize=6, linestyle="none")
+        axes.annotate("uniform", (1.0, 1.0), xytext=(-6, -12), textcoords="offset points", ha="right")
+        if chosen is not None:
+            axes.annotate("★", chosen, ha="center", va="center", fontsize=15, color=_ARMS[1])
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("predicted step time, share of uniform's")
+        axes.set_ylabel("score kept")
+        axes.set_ylim(bottom=0)
+        axes.grid()
+        axes.spines[["top", "right"]].set_visible(False)
+        return _inline_svg(figure, label)
+
+
+def standalone(svg: str) -> str:
+    """An inline figure as a file of its own: in its namespace, with the colours of the light page."""
+    variables = ";".join(f"{variable}:{colour}" for variable, colour in _LIGHT.items())
+    style = f"<style>svg{{{variables};background:#ffffff}} text{{font-family:system-ui,sans-serif}}</style>"
+    head, end, body = svg.partition(">")
+    return head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + end + style + body + "\n"
 
 
 def _layer_rows(num_layers: int) -> tuple[Figure, Axes]:

@@ -61,7 +61,8 @@ class Plan:
         num_layers: transformer layers of the model, adapted or not.
         layer_path: where they are; every module's name is ``{layer_path}.{index}.…``.
         dropout: of the adapters' input.
-        meta: how the plan was made; ``layer_scores`` is what `explain` shows.
+        meta: how the plan was made; ``layer_scores``, ``layer_prices_ms`` and ``layer_reasons`` are what `explain`
+            shows.
 
     Raises:
         UserError: at construction, naming the module: no module, a rank that is not a whole number of 1 or
@@ -257,18 +258,32 @@ class Plan:
                 )
 
     def explain(self) -> str:
-        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its modules."""
+        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its modules.
+
+        A plan made for a time budget also shows the price of every layer, in milliseconds a step (its backward pass
+        and its adapters), and why it is in or out.
+        """
         scores = self.meta.get("layer_scores") or []
+        prices = self.meta.get("layer_prices_ms") or []
+        reasons = self.meta.get("layer_reasons") or []
         adapted: dict[int, dict[int, list[str]]] = {}
         for index, name in self._by_layer():
             adapted.setdefault(index, {}).setdefault(self.modules[name].rank, []).append(_last(name))
-        lines = ["layer       score      ranks"]
+        lines = [f"layer       score  {'  price ms  ' if prices else ''}    ranks"]
         for index in range(self.num_layers):
             score = f"{scores[index]:.5g}" if index < len(scores) else ""
+            price = (f"{prices[index]:10.4g}" if index < len(prices) else " " * 10) + "  " if prices else ""
             ranks = adapted.get(index, {})
             cells = "   ".join(f"{rank}: {' '.join(names)}" for rank, names in sorted(ranks.items()))
-            lines.append(f"{index:5}  {score:>10}  {'in ' if ranks else 'out'} {cells}".rstrip())
+            why = f"({reasons[index]})" if index < len(reasons) else ""
+            text = " ".join(part for part in ("in " if ranks else "out", cells, why) if part)
+            lines.append(f"{index:5}  {score:>10}  {price}{text}".rstrip())
         lines.append(f"{len(adapted)} of {self.num_layers} layers, {len(self.modules)} modules adapted")
+        if "time_budget" in self.meta:
+            lines.append(
+                f"predicted step {self.meta['predicted_time']:.1%} of uniform's "
+                f"(budget {self.meta['time_budget']:.1%}), score kept {self.meta['score_kept']:.1%}"
+            )
         return "\n".join(lines)
 
     def _by_layer(self) -> Iterator[tuple[int, str]]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from aletheia_tune import cli
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.scores import ModuleScore, Scores
 
-COMMANDS = ["probe", "plan", "train", "compare", "race", "doctor"]
+COMMANDS = ["probe", "cost", "plan", "train", "compare", "race", "doctor"]
 
 
 class Ran(NamedTuple):
@@ -334,6 +335,12 @@ def test_model_without_layers(refuses, given, plan_file, tmp_path):
         (["--ranks", "by-type", "--attention-rank", "0"], "rank"),
         (["--ranks", "by-type", "--mlp-rank", "-1"], "rank"),
         (["--ranks", "by-score", "--budget", "3"], "3"),
+        (["--budget", "much"], "neither a share of the step time"),
+        (["--budget", "60%"], "give --calibration"),
+        (["--calibration", "cost.json"], "--budget like 60%"),
+        (["--frontier", "frontier.svg"], "--budget like 60%"),
+        (["--budget", "60%", "--calibration", "none.json"], "cannot read the calibration file none.json"),
+        (["--budget", "60%", "--calibration", "none.json", "--layers", "50%"], "drop --layers"),
         (["--layers", "0%"], "0"),
         (["--layers", "-5%"], "-5"),
         (["--layers", "100.5%"], "100.5"),
@@ -346,6 +353,36 @@ def test_model_without_layers(refuses, given, plan_file, tmp_path):
 )
 def test_bad_plan_choices(refuses, scores_file, tmp_path, arguments, says):
     refuses("plan", "--scores", scores_file, "--out", tmp_path / "new.json", *arguments, says=(says,))
+
+
+def test_from_timing_to_a_plan_within_a_time_budget(run, refuses, tiny_model_dir, scores_file, tmp_path):
+    prices, plan, svg = tmp_path / "cost.json", tmp_path / "plan.json", tmp_path / "frontier.svg"
+    shape = ("--batch", "2", "--length", "32", "--dtype", "float32")
+    assert run("cost", "--model", tiny_model_dir, "--out", prices, *shape).code == 0
+    budgeted = ("plan", "--scores", scores_file, "--calibration", prices, "--out", plan)
+    ran = run(*budgeted, "--budget", "95%", "--frontier", svg)
+    assert ran.code == 0, ran
+    chosen = Plan.from_json(plan.read_text())
+    assert chosen.meta["predicted_time"] <= 0.95
+    assert "price ms" in ran.out
+    assert ElementTree.fromstring(svg.read_text()).tag == "{http://www.w3.org/2000/svg}svg"
+    other = (*budgeted[:-1], tmp_path / "other.json")
+    refuses(*other, "--budget", "0.01%", says=("too small for any adapter: give at least",))
+    refuses(*other, "--budget", "200%", says=("outside (0, 1]",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--batch", "0"), "batch 0 x 512 is too small"),
+        (("--length", "1"), "batch 4 x 1 is too small"),
+        (("--labelled", "0"), "labelled share 0.0"),
+        (("--threads", "0"), "threads is 0"),
+        (("--length", "4096"), "above the model's 128 positions"),
+    ],
+)
+def test_shapes_that_cannot_be_timed(refuses, tiny_model_dir, tmp_path, arguments, says):
+    refuses("cost", "--model", tiny_model_dir, "--out", tmp_path / "cost.json", *arguments, says=(says,))
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"format": "aletheia-plan"}'])

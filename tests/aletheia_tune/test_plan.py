@@ -320,6 +320,26 @@ def test_explain_shows_every_layer():
     assert lines[-1] == "1 of 2 layers, 4 modules adapted"
 
 
+def test_explain_of_a_budgeted_plan_shows_prices_and_reasons():
+    meta = {
+        "layer_scores": [1.5, 2.5],
+        "layer_prices_ms": [12.25, 20.5],
+        "layer_reasons": ["under the cut", "lowest"],
+        "time_budget": 0.6,
+        "predicted_time": 0.591,
+        "score_kept": 0.625,
+    }
+    lines = (
+        Plan({"layers.1.up": ModulePlan(3, 6.0)}, num_layers=2, layer_path="layers", meta=meta)
+        .explain()
+        .splitlines()
+    )
+    assert lines[0].split() == ["layer", "score", "price", "ms", "ranks"]
+    assert lines[1].split() == ["0", "1.5", "12.25", "out", "(under", "the", "cut)"]
+    assert lines[2].split() == ["1", "2.5", "20.5", "in", "3:", "up", "(lowest)"]
+    assert lines[-1] == "predicted step 59.1% of uniform's (budget 60.0%), score kept 62.5%"
+
+
 # PEFT
 
 
