@@ -221,7 +221,8 @@ def plan(
         raise UserError("--calibration and --frontier go with a time budget: give --budget like 60%")
     if timed and (ranks is not Ranks.uniform or targets or alpha is not None or rslora or layers is not None):
         raise UserError(
-            "--budget in percent chooses layers, modules and ranks: drop --layers, --ranks, --targets, --alpha, --rslora"
+            "--budget in percent chooses layers, modules and ranks: drop --layers, --ranks, --targets, --alpha "
+            "and --rslora"
         )
     if frontier is not None:
         files.check_output(frontier, overwrite, directory=False)
