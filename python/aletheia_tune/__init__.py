@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from aletheia_tune.errors import NonFiniteLoss, UserError
 
 if TYPE_CHECKING:
+    from aletheia_tune.budget import budget_plan, frontier
+    from aletheia_tune.cost import Batch, Calibration, StepCost, calibrate, predict
     from aletheia_tune.data import Collator, Fields, load_examples
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
 
 _MODULE_OF = {
+    "budget_plan": "budget",
+    "frontier": "budget",
+    "Batch": "cost",
+    "Calibration": "cost",
+    "StepCost": "cost",
+    "calibrate": "cost",
+    "predict": "cost",
     "Collator": "data",
     "Fields": "data",
     "load_examples": "data",
@@ -45,6 +54,8 @@ _MODULE_OF = {
 
 __all__ = [
     "Arm",
+    "Batch",
+    "Calibration",
     "Collator",
     "Fields",
     "ModulePlan",
@@ -55,15 +66,20 @@ __all__ = [
     "PrefixCut",
     "RaceResult",
     "Scores",
+    "StepCost",
     "TrainConfig",
     "TrainResult",
     "UserError",
     "apply_kernels",
+    "budget_plan",
+    "calibrate",
     "cut_prefix",
     "fine_tune",
+    "frontier",
     "load_examples",
     "load_model",
     "make_plan",
+    "predict",
     "restore",
     "uniform_plan",
 ]

@@ -203,9 +203,9 @@ def plan(
 ) -> None:
     """Choose the layers and the ranks of their adapters from the scores.
 
-    Examples: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
+    Example: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
 
-    [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json --out plan.json[/bold]
+    Within a time budget: [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json --out plan.json[/bold]
     """
     from aletheia_tune import files
     from aletheia_tune.plan import make_plan

@@ -455,7 +455,7 @@ class TimedPlan:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             self._model: Any = get_peft_model(twin, plan.to_lora_config(model))
         self._model.train()
-        example = {name: tensor[:1] for name, tensor in batch.items() if name != "labels"}
+        example = {name: tensor[:1, :16] for name, tensor in batch.items() if name != "labels"}
         apply_kernels(self._model, example_inputs=example)
         undo.callback(cut_prefix(self._model).remove)
         undo.enter_context(kernel_attention(self._model))
