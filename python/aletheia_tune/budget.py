@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aletheia_tune.cost import Batch, Calibration, predict, uniform_of
+from aletheia_tune.cost import Batch, Calibration, check_cached, predict, uniform_of
 from aletheia_tune.errors import UserError
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.scores import Scores
@@ -123,16 +123,10 @@ class _Table:
         for value in (rank, *ranks):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"rank {value} is not a whole number of 1 or more")
-        if not 0 <= cached <= 1:
-            raise UserError(f"cached share {cached} of the steps is outside [0, 1]")
+        check_cached(cached)
         _check_scores(scores, calibration)
-        self.scores, self.calibration, self.rank, self.batch, self.cached = (
-            scores,
-            calibration,
-            rank,
-            batch,
-            cached,
-        )
+        self.scores, self.calibration = scores, calibration
+        self.rank, self.batch, self.cached = rank, batch, cached
         layers = calibration.shape.num_layers
         self.uniform = predict(uniform_of(calibration.shape, rank), calibration, batch).seconds
         self.backward = calibration.backward_seconds(batch)
@@ -190,13 +184,12 @@ class _Table:
             *self._suffixes(room),
         ]
         ranks = max(candidates, key=self._value)
-        modules = {
-            name: ModulePlan(ranks[name], 2.0 * ranks[name])
-            for name in self.scores.modules
-            if ranks.get(name, 0)
-        }
         plan = Plan(
-            modules,
+            {
+                name: ModulePlan(ranks[name], 2.0 * ranks[name])
+                for name in self.scores.modules
+                if name in ranks
+            },
             self.calibration.shape.num_layers,
             self.calibration.shape.layer_path,
             dropout=dropout,

@@ -205,7 +205,8 @@ def plan(
 
     Example: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
 
-    Within a time budget: [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json --out plan.json[/bold]
+    Within a time budget: [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json
+    --out plan.json[/bold]
     """
     from aletheia_tune import files
     from aletheia_tune.plan import make_plan

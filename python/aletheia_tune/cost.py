@@ -324,7 +324,7 @@ def predict(
     """
     shape, price = calibration.shape, calibration.coefficients
     batch = batch or calibration.batch
-    _check_cached(cached)
+    check_cached(cached)
     for name in plan.modules:
         if name not in shape.modules:
             raise UserError(f"the calibration knows no module {name!r}: calibrate with the plan's own model")
@@ -589,7 +589,8 @@ def _median(record: Sequence[Phases], part: str) -> float:
     return statistics.median(getattr(phases, part) for phases in record)
 
 
-def _check_cached(cached: float) -> None:
+def check_cached(cached: float) -> None:
+    """Refuses a share of steps outside [0, 1] with a `UserError`."""
     if not 0 <= cached <= 1:
         raise UserError(f"cached share {cached} of the steps is outside [0, 1]")
 
