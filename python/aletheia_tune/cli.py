@@ -106,6 +106,13 @@ Smoothing = Annotated[
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
 ]
+PrefixCacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--prefix-cache", help="Directory to keep the output of the layers under the lowest adapter in."
+    ),
+]
+PrefixCacheSize = Annotated[float, typer.Option(help="GiB that the prefix cache may take at most.")]
 EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between evaluations; before and after only if not given.")
 ]
@@ -329,6 +336,8 @@ def train(
         bool, typer.Option("--kernels/--no-kernels", help="This package's operators, or PEFT's own forward.")
     ] = True,
     gradient_checkpointing: Checkpointing = False,
+    prefix_cache: PrefixCacheDir = None,
+    prefix_cache_gb: PrefixCacheSize = 8.0,
     eval_every: EvalEvery = None,
     eval_batch_size: BatchSize = 4,
     threads: Threads = None,
@@ -365,6 +374,8 @@ def train(
         max_length=max_length,
         kernels=kernels,
         gradient_checkpointing=gradient_checkpointing,
+        prefix_cache=None if prefix_cache is None else str(prefix_cache),
+        prefix_cache_gb=prefix_cache_gb,
         eval_every=eval_every,
         eval_batch_size=eval_batch_size,
         threads=threads,
@@ -380,6 +391,8 @@ def train(
         f"{result.step_seconds:.3g} s a step, {result.tokens_per_second:,.0f} tokens/s, "
         f"{result.trainable_parameters:,} trainable parameters: {out}"
     )
+    if prefix_cache is not None:
+        print(f"prefix cache: {result.prefix_cache}")
 
 
 @app.command()

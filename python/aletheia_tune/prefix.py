@@ -63,7 +63,7 @@ class PrefixCut:
             if getattr(below, "gradient_checkpointing", False):
                 below.gradient_checkpointing = False  # type: ignore[assignment]
                 self._checkpointing_off.append(below)
-        return _replace_hidden_states(args, kwargs, Tensor.detach)
+        return replace_hidden_states(args, kwargs, Tensor.detach)
 
 
 def cut_prefix(model: nn.Module) -> PrefixCut:
@@ -91,14 +91,14 @@ def cut_prefix(model: nn.Module) -> PrefixCut:
     lowest = min((inside[id(p)] for p in trainable.values() if id(p) in inside), default=None)
     if lowest is None:
         return PrefixCut(None, None, "no parameter of the layers is trainable")
-    above = _parameters_above(model, found.layers)
+    above = parameters_above(model, found.layers)
     for name, parameter in trainable.items():
         if id(parameter) not in inside and id(parameter) not in above:
             return PrefixCut(None, None, f"{name} is trainable and may feed the layers from below")
     return PrefixCut(found.layers, lowest)
 
 
-def _parameters_above(model: nn.Module, layers: nn.ModuleList) -> set[int]:
+def parameters_above(model: nn.Module, layers: nn.ModuleList) -> set[int]:
     """Ids of the parameters that can only act on what the layers put out.
 
     Models register their parts in the order of use, so what the bare model registers after the layers (final
@@ -118,7 +118,7 @@ def _parameters_above(model: nn.Module, layers: nn.ModuleList) -> set[int]:
 def _enter_lowest(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not (torch.is_grad_enabled() and layer.training and _reentrant_checkpoint(layer)):
         return None
-    return _replace_hidden_states(args, kwargs, lambda hidden: hidden.detach().requires_grad_())
+    return replace_hidden_states(args, kwargs, lambda hidden: hidden.detach().requires_grad_())
 
 
 def _reentrant_checkpoint(layer: nn.Module) -> bool:
@@ -133,13 +133,12 @@ def _reentrant_checkpoint(layer: nn.Module) -> bool:
     return not (isinstance(function, partial) and function.keywords.get("use_reentrant") is False)
 
 
-def _replace_hidden_states(
+def replace_hidden_states(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with its hidden states changed, which come first or by name."""
     if args and isinstance(args[0], Tensor):
         return (change(args[0]), *args[1:]), kwargs
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-    raise RuntimeError(
-        "cut_prefix: the first layer was called without hidden states as first argument or by name"
-    )
+    raise RuntimeError("cut_prefix: a layer was called without hidden states as first argument or by name")

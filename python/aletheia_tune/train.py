@@ -37,6 +37,7 @@ from aletheia_tune.norms import kernel_norms
 from aletheia_tune.packing import require_separation
 from aletheia_tune.patch import PatchReport, apply_kernels, restore
 from aletheia_tune.prefix import cut_prefix
+from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SCHEDULES = ("linear", "cosine", "constant")
 MAX_GRAD_NORM = 1.0
+NO_PREFIX_CACHE = "none: no directory was given"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class TrainConfig:
             package's operators and the output embedding on labelled rows only; otherwise PEFT's and transformers'
             own forwards.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        prefix_cache: directory in which to keep what the layers under the lowest adapter put out; None for none.
+        prefix_cache_gb: size that all its entries may have at most, in GiB.
         eval_every: optimizer steps between evaluations; None evaluates before and after only.
         eval_batch_size: examples in one forward pass of an evaluation.
         threads: CPU threads; None leaves torch's own choice.
@@ -101,6 +105,8 @@ class TrainConfig:
     max_length: int = 1024
     kernels: bool = True
     gradient_checkpointing: bool = False
+    prefix_cache: str | None = None
+    prefix_cache_gb: float = 8.0
     eval_every: int | None = None
     eval_batch_size: int = 4
     threads: int | None = None
@@ -116,6 +122,8 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation", "eval_batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.prefix_cache_gb > 0:
+            raise UserError(f"prefix cache of {self.prefix_cache_gb} GiB: give a size above 0")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
         if not (self.lora_plus > 0 and math.isfinite(self.lora_plus)):
@@ -183,6 +191,7 @@ class TrainResult:
         norms: how many norms and whether the rotary embedding ran on the operators, and why not the rest.
         prefix_layers: layers that ran without an autograd graph.
         setup_seconds: from the plan to the first evaluation: adapters attached, forwards patched.
+        prefix_cache: how many examples' prefix was read, computed and kept, and computed anew; or why there was none.
         stopped: why training ended early; None when it ran to its end.
         config: the `TrainConfig` as a dictionary.
         versions: of Python and the packages.
@@ -202,6 +211,7 @@ class TrainResult:
     config: dict[str, Any]
     versions: dict[str, str]
     setup_seconds: float = 0.0
+    prefix_cache: str = NO_PREFIX_CACHE
     model: PeftModel | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -241,6 +251,7 @@ class TrainResult:
             "trainable_parameters": self.trainable_parameters,
             "prefix_layers": self.prefix_layers,
             "setup_seconds": self.setup_seconds,
+            "prefix_cache": self.prefix_cache,
             "head": self.head,
             "attention": self.attention,
             "norms": self.norms,
@@ -272,6 +283,7 @@ class TrainResult:
                 attention=values["attention"],
                 norms=values["norms"],
                 prefix_layers=values["prefix_layers"],
+                prefix_cache=values.get("prefix_cache", NO_PREFIX_CACHE),
                 stopped=values["stopped"],
                 config=values["config"],
                 versions=values["versions"],
@@ -416,6 +428,7 @@ def fine_tune(
         attention = KernelAttention(False, "kernels are off")
         norms = "none: kernels are off"
         cut = cut_prefix(peft_model)
+        cache: PrefixCache | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
             undo.callback(progress.close)
@@ -430,6 +443,11 @@ def fine_tune(
                     trainer.label_smoother = None
             if config.packing:
                 require_separation(peft_model)
+            if config.prefix_cache is not None:
+                # After the operators, whose rounding is part of what it keeps.
+                cache = undo.enter_context(
+                    cache_prefix(peft_model, cut, config.prefix_cache, config.prefix_cache_gb)
+                )
             setup_seconds = time.perf_counter() - started
             stop = run.to_the_end(trainer, out_dir)
         if not run.worth_keeping:
@@ -445,6 +463,7 @@ def fine_tune(
             attention="operator" if attention.active else f"the model's own: {attention.reason}",
             norms=norms,
             prefix_layers=cut.lowest_layer or 0,
+            prefix_cache=NO_PREFIX_CACHE if cache is None else str(cache),
             stopped=None if stop is None else str(stop),
             config=dataclasses.asdict(config),
             versions=versions(),
