@@ -31,7 +31,7 @@ from aletheia_tune.environment import versions
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model, find_layers
 from aletheia_tune.prefix import PrefixCut, parameters_above, replace_hidden_states
-from aletheia_tune.prefix_store import DIGEST_BYTES, RowStore
+from aletheia_tune.prefix_store import DIGEST_BYTES, RowStore, bytes_of
 
 _FORMAT = 1
 # Settings that make a prefix depend on more than an example's tokens, or later layers on more than its output.
@@ -217,8 +217,7 @@ class _Prefix:
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in self.tensors.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device}".encode())
-            flat = tensor.detach().contiguous().flatten().cpu()
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(bytes_of(tensor))
         return digest.hexdigest()
 
 
@@ -422,11 +421,11 @@ def _spans(arguments: Mapping[str, Any], training: bool) -> list[_Span]:
     batch, length = ids.shape
     # Models that are given no positions count columns, padding included, or count the real tokens.
     columns = torch.arange(length).expand(batch, length)
-    keyed = [value.cpu().expand(batch, -1) for name in _KEYED if (value := arguments.get(name)) is not None]
-    keyed = torch.stack([*keyed, columns] if positions is None else keyed, -1).contiguous()
-    given = [name for name in _KEYED if arguments.get(name) is not None]
+    given = {name: value for name in _KEYED if (value := arguments.get(name)) is not None}
+    parts = [value.cpu().expand(batch, -1) for value in given.values()]
+    keyed = torch.stack([*parts, columns] if positions is None else parts, -1)
     # An operator may serve training passes alone, and round otherwise.
-    seed = f"{given} {training}".encode()
+    seed = f"{list(given)} {training}".encode()
     spans = []
     for row in range(batch):
         bounds = [0, length]
@@ -440,7 +439,7 @@ def _spans(arguments: Mapping[str, Any], training: bool) -> list[_Span]:
             bounds[1:1] = ((steps != 1).nonzero().flatten() + 1).tolist()
         for start, stop in pairwise(bounds):
             digest = hashlib.blake2b(seed, digest_size=DIGEST_BYTES)
-            digest.update(memoryview(keyed[row, start:stop].numpy()).cast("B"))
+            digest.update(bytes_of(keyed[row, start:stop]))
             spans.append(_Span(digest.digest(), row, start, stop))
     return spans
 

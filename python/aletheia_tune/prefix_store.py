@@ -14,6 +14,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class RowStore:
         self._width, self._dtype, self._capacity = width, dtype, capacity
         self._row_bytes = width * dtype.itemsize
         self._map: mmap.mmap | None = None
+        self._entries: dict[bytes, tuple[int, int, int]] = {}
+        self._data_end = self._index_end = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._index = os.open(directory / "index", os.O_RDWR | os.O_CREAT, 0o666)
@@ -104,7 +107,7 @@ class RowStore:
         """
         if key in self._entries:
             return True
-        content = memoryview(rows.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        content = bytes_of(rows)
         # Never where damaged rows were: other entries may lie there by now.
         offset = self._data_end
         if offset + len(content) > self._capacity:
@@ -124,8 +127,6 @@ class RowStore:
         return True
 
     def _read_index(self) -> None:
-        self._entries: dict[bytes, tuple[int, int, int]] = {}
-        self._index_end = 0
         data_size = os.fstat(self._data).st_size
         with open(os.dup(self._index), "rb") as stream:
             stream.seek(0)
@@ -145,6 +146,12 @@ class RowStore:
         self._data_end = max(
             (offset + rows * self._row_bytes for offset, rows, _ in self._entries.values()), default=0
         )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it lies so on the CPU."""
+    values: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def _pack(key: bytes, offset: int, rows: int, checksum: int) -> bytes:

@@ -57,11 +57,11 @@ def mixtral(**settings: object) -> PreTrainedModel:
     )
 
 
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "llama": (llama, "q_proj|down_proj"),
-    "gpt2": (gpt2, "c_attn|c_proj"),
-    "gpt_neox": (gpt_neox, "query_key_value"),
-    "mixtral": (mixtral, "q_proj|o_proj"),
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
+    "llama": (llama, ["q_proj", "down_proj"]),
+    "gpt2": (gpt2, ["c_attn", "c_proj"]),
+    "gpt_neox": (gpt_neox, ["query_key_value"]),
+    "mixtral": (mixtral, ["q_proj", "o_proj"]),
 }
 
 
@@ -70,11 +70,10 @@ def adapted(model: PreTrainedModel | str, layers: tuple[int, ...] = (2, 4)) -> P
     torch.manual_seed(0)
     if isinstance(model, str):
         model = FAMILIES[model][0]()
-    names = "|".join(names for _, names in FAMILIES.values())
-    chosen = "|".join(str(layer) for layer in layers)
     config = LoraConfig(
         r=3,
-        target_modules=rf".*\.({chosen})\..*({names})",
+        target_modules=FAMILIES[model.config.model_type][1],
+        layers_to_transform=list(layers),
         fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
         task_type="CAUSAL_LM",
     )
