@@ -287,6 +287,21 @@ def test_bad_data(refuses, given, plan_file, tmp_path, role, content, says):
         refuses("probe", "--model", given["--model"], "--train", path, "--out", scores, says=(path, says))
 
 
+def test_train_with_a_prefix_cache(run, refuses, given, plan_file, tmp_path):
+    cache = tmp_path / "cache"
+    for name, says in (("first", "computed and kept"), ("second", " 0 computed and kept")):
+        arguments = options(given, plan=plan_file, out=tmp_path / name, prefix_cache=cache)
+        ran = run("train", *arguments, "--prefix-cache-gb", "0.5")
+        assert ran.code == 0, ran
+        assert "prefix cache: " in ran.out
+        assert says in ran.out
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["prefix_cache"] in ran.out
+    arguments = options(given, plan=plan_file, out=tmp_path / "out", prefix_cache=plan_file)
+    refuses("train", *arguments, says=("prefix cache", plan_file))
+    refuses("train", *arguments, "--prefix-cache-gb", "-1", says=("prefix cache of -1.0 GiB",))
+
+
 def test_no_completion_left_by_truncation(refuses, given, plan_file, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "repeat " + "a " * 50, "completion": "a"}) + "\n")

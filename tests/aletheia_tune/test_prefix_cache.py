@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -478,3 +480,12 @@ def test_a_size_that_cannot_be_meant(tmp_path):
     model = adapted("llama")
     with cached(model, tmp_path / "file"), pytest.raises(UserError, match="another directory"):
         model(**padded(examples(1)))
+
+
+def test_killed_trainings_leave_what_gives_the_same_adapter():
+    script = Path(__file__).with_name("kill_cache.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--count", "6", "--seed", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 kills, every adapter as without a cache" in done.stdout

@@ -222,6 +222,38 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_prefix_cache_changes_nothing_but_what_is_computed(tune, tmp_path, kernels):
+    config = dataclasses.replace(CONFIG, steps=None, epochs=3, eval_every=4, kernels=kernels)
+    plain = tune(tmp_path / "plain", config)
+    assert plain.prefix_cache == train.NO_PREFIX_CACHE
+    kept = dataclasses.replace(config, prefix_cache=str(tmp_path / "cache"))
+    sentences = []
+    for name in ("builds", "reads"):
+        cached = tune(tmp_path / name, kept)
+        sentences.append(cached.prefix_cache)
+        assert cached.evals[0].loss == pytest.approx(plain.evals[0].loss, rel=1e-6)
+        for mine, theirs in zip(cached.history, plain.history, strict=True):
+            assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+        assert cached.eval_loss_after == pytest.approx(plain.eval_loss_after, rel=1e-4)
+    read, stored = (int(word) for word in sentences[0].split() if word.isdigit())
+    assert sentences == [sentences[0], f"{read + stored} examples read, 0 computed and kept"]
+    evaluations = len(plain.evals)
+    assert evaluations > 2
+    assert read + stored == 3 * 48 + evaluations * 11
+    assert stored <= 48 + 11
+    assert_same_adapter(tmp_path / "builds", tmp_path / "reads")
+
+
+def test_a_prefix_cache_that_cannot_be_is_reported(tune, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=1, prefix_cache=str(tmp_path / "cache"))
+    result = tune(tmp_path / "out", config, plan_on((0, 3)))
+    assert result.prefix_cache == "none: the first layer is adapted: there is no prefix"
+    with pytest.raises(UserError, match="prefix cache of 0 GiB"):
+        dataclasses.replace(CONFIG, prefix_cache_gb=0)
+
+
 def test_accumulation_is_a_larger_batch(tune, tmp_path):
     whole = tune(tmp_path / "whole")
     parts = tune(tmp_path / "parts", dataclasses.replace(CONFIG, batch_size=2, gradient_accumulation=2))
