@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,10 @@ def cache_prefix(
     reason = prefix.why_not()
     if reason:
         return PrefixCache(reason)
-    return _ActiveCache(prefix, Path(directory), int(gigabytes * 2**30))
+    cache = _ActiveCache(prefix, Path(directory), int(gigabytes * 2**30))
+    if cache.reason:
+        cache.remove()
+    return cache
 
 
 class _Prefix:
@@ -211,7 +213,10 @@ class _Prefix:
             _FORMAT,
             versions(),
             torch.backends.cpu.get_cpu_capability(),
-            [[config.to_dict(), str(config._attn_implementation)] for config in _configs(self.bare)],
+            [
+                [{**config.to_dict(), "_name_or_path": ""}, str(config._attn_implementation)]
+                for config in _configs(self.bare)
+            ],
             [[name, _code_of(module)] for name, module in self.modules.items()],
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -231,10 +236,9 @@ class _ActiveCache(PrefixCache):
         name = prefix.fingerprint()
         # Entries of other prefixes count towards the bound: they are the user's to delete.
         others = sum(path.stat().st_size for path in directory.glob("*/data") if path.parent.name != name)
-        self._open = partial(RowStore, directory / name, capacity=capacity - others)
-        self._unfit = ""
-        self._segments_part = False
-        # What a layer of the prefix returns for given hidden states; seen in the first call.
+        # Why examples packed into a row cannot be told apart; None until a packed batch has come.
+        self._packing_reason: str | None = None
+        # What a layer of the prefix returns for given hidden states; seen in the call that asks for one token's rows.
         self._as_output: Callable[[Tensor], Any] | None = None
         self._computing = False
         self._rows: Tensor | None = None
@@ -246,6 +250,16 @@ class _ActiveCache(PrefixCache):
             # Before the cut's hook, which makes the rows require a gradient where a checkpoint needs that.
             prefix.above[0].register_forward_pre_hook(self._enter_lowest, with_kwargs=True, prepend=True),
         ]
+        try:
+            device = next(iter(prefix.tensors.values())).device
+            rows = self._compute({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
+            if rows.dim() != 3 or rows.shape[:2] != (1, 1):
+                self.reason = "hidden states are not [batch, length, width]"
+            if not self.reason:
+                self._store = RowStore(directory / name, rows.shape[2], rows.dtype, capacity - others)
+        except BaseException:
+            self.remove()
+            raise
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._computing:
@@ -254,18 +268,18 @@ class _ActiveCache(PrefixCache):
             raise RuntimeError(
                 "weights under the cut have changed since cache_prefix: remove() this cache and make a new one"
             )
-        bound = self._signature.bind(module, *args, **kwargs).arguments
-        named = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
-        arguments = {**named, **bound.get("kwargs", {})}
+        bound = self._signature.bind(module, *args, **kwargs)
+        arguments: dict[str, Any] = {}
+        for name, value in list(bound.arguments.items())[1:]:
+            by_name = self._signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
+            arguments.update({name: value} if by_name else value)
         keeps_keys = arguments.get("use_cache")
         if keeps_keys is None:
-            keeps_keys = getattr(self._prefix.bare.config, "use_cache", False)
-        reason = self._unfit or _why_not_this(arguments, keeps_keys and not module.training)
-        if not reason and self._store is None:
-            reason = self._begin(arguments["input_ids"])
+            keeps_keys = getattr(module.config, "use_cache", False)
+        reason = _why_not_this(arguments, keeps_keys and not module.training)
         spans = [] if reason else _spans(arguments, module.training)
         if any(later.row == span.row for span, later in pairwise(spans)):
-            reason = reason or self._why_not_packed(arguments, spans, keeps_keys)
+            reason = self._why_not_packed(arguments, spans, keeps_keys)
         if reason or not spans:
             self.passed_by += 1
             self.passed_by_reason = reason or "an attention mask that is empty or has holes in a row"
@@ -290,7 +304,7 @@ class _ActiveCache(PrefixCache):
             return
         self._as_output = lambda hidden: (hidden, *output[1:])
         if not isinstance(output, tuple) or any(value is not None for value in output[1:]):
-            self._unfit = "the layers return more than hidden states"
+            self.reason = "the layers return more than hidden states"
 
     def _enter_lowest(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._computing:
@@ -321,28 +335,17 @@ class _ActiveCache(PrefixCache):
         self._computing = True
         try:
             with torch.no_grad(), self._identities(self._prefix.above):
-                self._transformer(
-                    **{**arguments, "use_cache": False} if "use_cache" in arguments else arguments
-                )
+                self._transformer(**arguments)
             assert self._rows is not None
             return self._rows
         finally:
             self._computing = False
             self._rows = None
 
-    def _begin(self, ids: Tensor) -> str:
-        """Learn from one token what layers return, and open the store; or say why the model does not fit."""
-        rows = self._compute({"input_ids": ids[:1, :1]})
-        if not self._unfit and (rows.dim() != 3 or rows.shape[:2] != (1, 1)):
-            self._unfit = "hidden states are not [batch, length, width]"
-        if not self._unfit:
-            self._store = self._open(width=rows.shape[2], dtype=rows.dtype)
-        return self._unfit
-
     def _why_not_packed(self, arguments: dict[str, Any], spans: list[_Span], keeps_keys: bool) -> str:
         if keeps_keys:
             return "examples packed into a row while use_cache is on, which joins them"
-        if not self._segments_part:
+        if self._packing_reason is None:
             # Rows of the last example must not change when all tokens of the first do: asked once, exactly.
             first, last = spans[0], [span for span in spans if span.row == spans[0].row][-1]
             ids = arguments["input_ids"].clone()
@@ -350,11 +353,11 @@ class _ActiveCache(PrefixCache):
             part = ids[first.row, first.start : first.stop]
             part.copy_((part == 0).to(ids.dtype))
             after = self._compute({**arguments, "input_ids": ids})[last.row, last.start : last.stop]
-            if not torch.equal(before, after):
-                self._unfit = "examples packed into a row attend to each other in this model"
-                return self._unfit
-            self._segments_part = True
-        return ""
+            apart = torch.equal(before, after)
+            self._packing_reason = (
+                "" if apart else "examples packed into a row attend to each other in this model"
+            )
+        return self._packing_reason
 
     def _gather(self, spans: list[_Span], arguments: dict[str, Any]) -> Tensor:
         """Hidden states [batch, length, width] that enter the lowest adapted layer, zero where there is padding."""

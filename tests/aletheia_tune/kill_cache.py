@@ -104,10 +104,11 @@ def main() -> int:
     draw = random.Random(options.seed)
     expected = train(None)
     with tempfile.TemporaryDirectory() as scratch:
-        start = time.perf_counter()
-        os.waitpid(forked(partial(train, Path(scratch) / "whole")), 0)
-        # The first epoch builds; the second, reading, is the quicker half.
-        building = (time.perf_counter() - start) * 0.6
+        whole = Path(scratch) / "whole"
+        child = forked(partial(train, whole))
+        opened = _wait_for_records(whole, 0)
+        building = _wait_for_records(whole, EXAMPLES) - opened
+        os.waitpid(child, 0)
         found: Counter[str] = Counter()
         for number in range(options.count):
             directory = Path(scratch) / str(number)
@@ -116,6 +117,7 @@ def main() -> int:
                 child = forked(partial(killed_while_writing, directory, writes, share))
             else:
                 child = forked(partial(train, directory))
+                _wait_for_records(directory, 0)
                 time.sleep(draw.uniform(0, building))
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -131,6 +133,15 @@ def main() -> int:
     left = ", ".join(f"{count} left {what}" for what, count in sorted(found.items()))
     print(f"{options.count} kills, every adapter as without a cache; {left}")
     return 0
+
+
+def _wait_for_records(directory: Path, count: int) -> float:
+    """Until so many examples are kept; then the time, in seconds on some clock."""
+    while not any(
+        path.stat().st_size >= count * prefix_store._RECORD_BYTES for path in directory.glob("*/index")
+    ):
+        time.sleep(1e-4)
+    return time.perf_counter()
 
 
 def _remains(directory: Path) -> str:

@@ -209,6 +209,34 @@ def test_packed_examples_are_entries_of_their_own(tmp_path, family):
         assert "use_cache" in cache.passed_by_reason
 
 
+def test_packed_examples_that_attend_to_each_other_go_past_it(tmp_path, monkeypatch):
+    # What a model does that knows nothing of packing.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    batch = packed(examples(3))
+    expected = gradients(adapted("llama"), batch, use_cache=False)
+    model = adapted("llama")
+    with cached(model, tmp_path) as cache:
+        for _ in range(2):
+            assert_equal(gradients(model, batch, use_cache=False), expected)
+        assert counts(cache) == (0, 0, 0)
+        assert cache.passed_by == 2
+        assert "attend to each other" in cache.passed_by_reason
+
+
+def test_layers_that_return_more_are_refused(tmp_path):
+    model = adapted("llama")
+    layers = find_layers(model).layers
+    for layer in layers:
+        forward = layer.forward
+        layer.forward = lambda hidden, forward=forward, **kwargs: (forward(hidden, **kwargs), hidden.mean())
+    for follower in (*layers[1:], model.get_base_model().model.norm):
+        follower.register_forward_pre_hook(lambda _, args: (args[0][0],))
+    with cached(model, tmp_path / "cache") as cache:
+        assert "more than hidden states" in cache.reason
+        model(**padded(examples(1)))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_another_process_reads_what_was_kept(tmp_path):
     batch = padded(examples(4))
     expected = gradients(adapted("llama"), batch)
@@ -220,12 +248,8 @@ def test_another_process_reads_what_was_kept(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    first, second = adapted("llama"), adapted("llama")
-    batch = padded(examples(1))
-    with cached(first, tmp_path), cached(second, tmp_path):
-        first(**batch)
-        with pytest.raises(UserError, match="in use by another process"):
-            second(**batch)
+    with cached(adapted("llama"), tmp_path), pytest.raises(UserError, match="in use by another process"):
+        cached(adapted("llama"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -478,8 +502,11 @@ def test_a_size_that_cannot_be_meant(tmp_path):
         cached(adapted("llama"), tmp_path, 0)
     (tmp_path / "file").write_text("")
     model = adapted("llama")
-    with cached(model, tmp_path / "file"), pytest.raises(UserError, match="another directory"):
-        model(**padded(examples(1)))
+    layers = find_layers(model).layers
+    hooks = [len(layer._forward_hooks) for layer in layers]
+    with pytest.raises(UserError, match="another directory"):
+        cached(model, tmp_path / "file")
+    assert [len(layer._forward_hooks) for layer in layers] == hooks
 
 
 def test_killed_trainings_leave_what_gives_the_same_adapter():
