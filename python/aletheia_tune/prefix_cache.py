@@ -253,7 +253,7 @@ class _ActiveCache(PrefixCache):
         try:
             device = next(iter(prefix.tensors.values())).device
             rows = self._compute({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
-            if rows.dim() != 3 or rows.shape[:2] != (1, 1):
+            if not self.reason and (rows.dim() != 3 or rows.shape[:2] != (1, 1)):
                 self.reason = "hidden states are not [batch, length, width]"
             if not self.reason:
                 self._store = RowStore(directory / name, rows.shape[2], rows.dtype, capacity - others)
