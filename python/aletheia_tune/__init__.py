@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aletheia_tune.prefix import PrefixCut, cut_prefix
     from aletheia_tune.race import Arm, RaceResult
     from aletheia_tune.scores import ModuleScore, Scores
+    from aletheia_tune.start import gradient_start
     from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
 
 _MODULE_OF = {
@@ -46,6 +47,7 @@ _MODULE_OF = {
     "RaceResult": "race",
     "ModuleScore": "scores",
     "Scores": "scores",
+    "gradient_start": "start",
     "TrainConfig": "train",
     "TrainResult": "train",
     "fine_tune": "train",
@@ -76,6 +78,7 @@ __all__ = [
     "cut_prefix",
     "fine_tune",
     "frontier",
+    "gradient_start",
     "load_examples",
     "load_model",
     "make_plan",

@@ -62,6 +62,11 @@ class Ranks(StrEnum):
     by_score = "by-score"
 
 
+class Init(StrEnum):
+    default = "default"
+    gradient = "gradient"
+
+
 class Schedule(StrEnum):
     linear = "linear"
     cosine = "cosine"
@@ -102,6 +107,9 @@ ScheduleOption = Annotated[Schedule, typer.Option(help="Of the learning rate aft
 Warmup = Annotated[float, typer.Option(help="Warm-up: steps, or below 1 a share of all steps.")]
 Smoothing = Annotated[
     float, typer.Option(help="Share of each label spread over the vocabulary, in training.")
+]
+InitOption = Annotated[
+    Init, typer.Option(help="Of the adapters' A: PEFT's, or the leading directions of the first gradients.")
 ]
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
@@ -329,6 +337,7 @@ def train(
     schedule: ScheduleOption = Schedule.linear,
     warmup: Warmup = 0.03,
     label_smoothing: Smoothing = 0.0,
+    init: InitOption = Init.default,
     max_length: MaxLength = 1024,
     dtype: DtypeOption = Dtype.bfloat16,
     seed: Seed = 0,
@@ -369,6 +378,7 @@ def train(
         schedule=schedule.value,
         warmup=warmup,
         label_smoothing=label_smoothing,
+        init=init.value,
         seed=seed,
         dtype=dtype.value,
         max_length=max_length,

@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.attention import KernelAttention, kernel_attention
-from aletheia_tune.data import Collator, Example, pad_token_id
+from aletheia_tune.data import Collator, Example, batches, pad_token_id
 from aletheia_tune.environment import peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import LabelledHead, labelled_head
@@ -38,6 +38,7 @@ from aletheia_tune.packing import require_separation
 from aletheia_tune.patch import PatchReport, apply_kernels, restore
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
+from aletheia_tune.start import gradient_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SCHEDULES = ("linear", "cosine", "constant")
+INITS = ("default", "gradient")
+START_BATCHES = 4
 MAX_GRAD_NORM = 1.0
 NO_PREFIX_CACHE = "none: no directory was given"
 
@@ -68,6 +71,9 @@ class TrainConfig:
         schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
         warmup: steps of linear warm-up; below 1, the share of all steps.
         label_smoothing: share of every label that all tokens of the vocabulary divide among them, in training alone.
+        init: of the adapters' A: "default" is PEFT's; "gradient" spans the leading directions of the weights'
+            gradients over the first 4 batches of a shuffle of its own (`start.gradient_start`), at a cost that counts
+            as training time. B begins as 0 in either.
         seed: of the adapters' initial weights, the dropout and the order of the examples.
         dtype: of the frozen weights, "bfloat16" or "float32".
         adapter_dtype: "float32", or "frozen" for the dtype of the frozen weights: faster in PEFT's own forward, at the
@@ -99,6 +105,7 @@ class TrainConfig:
     schedule: str = "linear"
     warmup: float = 0.03
     label_smoothing: float = 0.0
+    init: Literal["default", "gradient"] = "default"
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adapter_dtype: Literal["float32", "frozen"] = "float32"
@@ -138,6 +145,8 @@ class TrainConfig:
             )
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+        if self.init not in INITS:
+            raise UserError(f"init {self.init!r} is unknown: choose one of {', '.join(INITS)}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
         if self.adapter_dtype not in ("float32", "frozen"):
@@ -150,7 +159,8 @@ class StepRecord:
 
     Attributes:
         step: counted from 1.
-        seconds: training time from the start to the end of this step, evaluation left out.
+        seconds: training time from the start to the end of this step, a start from the gradient with it and
+            evaluation left out.
         step_seconds: time of this step alone.
         loss: mean over the step's labelled tokens, before its update.
         learning_rate: at which the update of A was made.
@@ -402,7 +412,7 @@ def fine_tune(
     Raises:
         UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
             model that does not keep packed examples apart.
-        NonFiniteLoss: as said; its `step` counts from 1, and is 0 for the evaluation before training.
+        NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
@@ -429,6 +439,8 @@ def fine_tune(
         norms = "none: kernels are off"
         cut = cut_prefix(peft_model)
         cache: PrefixCache | None = None
+        if config.init == "gradient":
+            run.start_from_gradient(train_examples)
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
             undo.callback(progress.close)
@@ -509,6 +521,15 @@ class _Run(TrainerCallback):
         self._updating = False
         self._step_started = 0.0
         self._step_seconds = 0.0
+
+    def start_from_gradient(self, examples: Sequence[Example]) -> None:
+        started = time.perf_counter()
+        config = self.config
+        chosen = batches(
+            examples, config.batch_size, self.collator.pad_token_id, seed=config.seed, count=START_BATCHES
+        )
+        gradient_start(self.model, chosen, seed=config.seed)
+        self.seconds += time.perf_counter() - started
 
     def evaluate(self) -> None:
         loss = held_out_loss(self.model, self.eval_examples, self.collator, self.config.eval_batch_size)

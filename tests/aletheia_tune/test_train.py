@@ -263,6 +263,41 @@ def test_accumulation_is_a_larger_batch(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
+def test_a_start_from_the_gradient_counts_as_training_time(tune, tmp_path, monkeypatch):
+    clock = itertools.count()
+    start = train.gradient_start
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        for _ in range(100):
+            next(clock)
+        start(*args, **kwargs)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(train, "gradient_start", slow)
+    result = tune(tmp_path / "out", dataclasses.replace(CONFIG, init="gradient"))
+    assert [record.seconds for record in result.evals] == [101.0, 107.0]
+    assert [record.seconds for record in result.history] == [102.0, 103.0, 104.0, 105.0, 106.0, 107.0]
+    assert [record.step_seconds for record in result.history] == [1.0] * 6
+
+
+def test_a_start_from_the_gradient_learns_faster_from_the_same_function_and_data(
+    tune, tmp_path, tiny_model_dir
+):
+    config = dataclasses.replace(CONFIG, steps=20, learning_rate=2e-3)
+    default = tune(tmp_path / "default", config)
+    aimed = tune(tmp_path / "aimed", dataclasses.replace(config, init="gradient"))
+    again = tune(tmp_path / "again", dataclasses.replace(config, init="gradient"))
+    assert_same_adapter(tmp_path / "aimed", tmp_path / "again")
+    assert aimed.eval_loss_before == default.eval_loss_before
+    assert [r.tokens for r in aimed.history] == [r.tokens for r in default.history]
+    assert aimed.eval_loss_after < default.eval_loss_after
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    stock = PeftModel.from_pretrained(base, tmp_path / "aimed").eval()
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        assert torch.equal(again.model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
 def test_packing_is_the_padded_batch_without_padding(tune, tmp_path):
     padded = tune(tmp_path / "padded")
     packed = tune(tmp_path / "packed", dataclasses.replace(CONFIG, packing=True))
@@ -482,6 +517,7 @@ def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path
         ({"warmup": -1.0}, "warmup is -1.0"),
         ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
         ({"schedule": "cosinus"}, "schedule 'cosinus' is unknown"),
+        ({"init": "zero"}, "init 'zero' is unknown"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
     ],
 )
