@@ -15,7 +15,7 @@ squares, and Q times the leading left singular vectors of X.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class _Sketch:
 
 def gradient_start(
     model: PeftModel,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Tensor]],
     *,
     seed: int = 0,
     adapter_name: str = "default",
@@ -90,6 +90,8 @@ def gradient_start(
             gradient is 0.
         NonFiniteLoss: a loss or gradient that is not finite; its ``step`` is 0.
     """
+    if not batches:
+        raise UserError("a start from the gradient needs at least one batch")
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[str, tuple[Any, _Sketch]] = {}
     for name, module in bare_model(model).named_modules():
@@ -110,15 +112,12 @@ def gradient_start(
     with undisturbed(model), torch.enable_grad():
         handles = [module.register_forward_hook(_watch(sketch)) for module, sketch in sketches.values()]
         try:
-            count = 0
-            for count, batch in enumerate(batches, start=1):
+            for batch in batches:
                 _backward(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
             model.zero_grad()
-    if not count:
-        raise UserError("a start from the gradient needs at least one batch")
     for name, (module, sketch) in sketches.items():
         size = float(sketch.range.abs().max() + sketch.rows.abs().max())
         if not math.isfinite(size):

@@ -191,4 +191,4 @@ def test_expert_parameters_are_refused():
     plan = Plan({"model.layers.0.mlp.experts.down_proj": ModulePlan(2, 4.0)}, 1, "model.layers")
     peft_model = get_peft_model(model, plan.to_lora_config(model))
     with pytest.raises(UserError, match=r"linears only, not 'model.layers.0.mlp.experts"):
-        gradient_start(peft_model, [])
+        gradient_start(peft_model, [{}])
