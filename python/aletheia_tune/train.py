@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,7 @@ from aletheia_tune.packing import require_separation
 from aletheia_tune.patch import PatchReport, apply_kernels, restore
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
+from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
 from aletheia_tune.start import gradient_start
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         prefix_cache: directory in which to keep what the layers under the lowest adapter put out; None for none.
         prefix_cache_gb: size that all its entries may have at most, in GiB.
+        sampled_depth: by the index of a layer, the odds that a step's backward pass ends there; adapters of lower
+            layers act in that step and are not trained by it. None trains all in every step.
         eval_every: optimizer steps between evaluations; None evaluates before and after only.
         eval_batch_size: examples in one forward pass of an evaluation.
         threads: CPU threads; None leaves torch's own choice.
@@ -114,6 +117,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     prefix_cache: str | None = None
     prefix_cache_gb: float = 8.0
+    sampled_depth: Mapping[int, float] | None = None
     eval_every: int | None = None
     eval_batch_size: int = 4
     threads: int | None = None
@@ -145,6 +149,8 @@ class TrainConfig:
             )
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+        if self.sampled_depth is not None:
+            check_odds(self.sampled_depth)
         if self.init not in INITS:
             raise UserError(f"init {self.init!r} is unknown: choose one of {', '.join(INITS)}")
         if self.dtype not in DTYPES:
@@ -200,7 +206,8 @@ class TrainResult:
         attention: what computed attention in training, "operator" or "the model's own" and why.
         norms: how many norms and whether the rotary embedding ran on the operators, and why not the rest.
         prefix_layers: layers that ran without an autograd graph.
-        setup_seconds: from the plan to the first evaluation: adapters attached, forwards patched.
+        setup_seconds: from the plan to the first evaluation, but for a start from the gradient: adapters attached,
+            forwards patched.
         prefix_cache: how many examples' prefix was read, computed and kept, and computed anew; or why there was none.
         stopped: why training ended early; None when it ran to its end.
         config: the `TrainConfig` as a dictionary.
@@ -460,7 +467,9 @@ def fine_tune(
                 cache = undo.enter_context(
                     cache_prefix(peft_model, cut, config.prefix_cache, config.prefix_cache_gb)
                 )
-            setup_seconds = time.perf_counter() - started
+            if config.sampled_depth is not None:
+                run.depth = undo.enter_context(sampled_depth(peft_model, config.sampled_depth, config.seed))
+            setup_seconds = time.perf_counter() - started - run.seconds
             stop = run.to_the_end(trainer, out_dir)
         if not run.worth_keeping:
             assert stop is not None
@@ -477,7 +486,8 @@ def fine_tune(
             prefix_layers=cut.lowest_layer or 0,
             prefix_cache=NO_PREFIX_CACHE if cache is None else str(cache),
             stopped=None if stop is None else str(stop),
-            config=dataclasses.asdict(config),
+            # In JSON's types, so that what is read back is equal.
+            config=json.loads(json.dumps(dataclasses.asdict(config))),
             versions=versions(),
             setup_seconds=setup_seconds,
             model=peft_model,
@@ -514,6 +524,7 @@ class _Run(TrainerCallback):
         self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.history: list[StepRecord] = []
         self.evals: list[EvalRecord] = []
+        self.depth: DepthSampler | None = None
         self.seconds = 0.0
         self.step_tokens = 0
         self.worth_keeping = False
@@ -555,6 +566,8 @@ class _Run(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
         self.step_tokens = 0
+        if self.depth is not None:
+            self.depth.draw()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # These weights gave a finite loss and finite gradients; of those that the update makes nothing is known yet.

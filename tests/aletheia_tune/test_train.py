@@ -298,6 +298,33 @@ def test_a_start_from_the_gradient_learns_faster_from_the_same_function_and_data
         assert torch.equal(again.model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits)
 
 
+def test_sampled_depth_trains_some_steps_from_the_upper_layer_alone(tune, tmp_path):
+    moved: list[set[int]] = []
+    before: dict[str, Tensor] = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            before.update({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
+
+        def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            changed = [
+                n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])
+            ]
+            moved.append({int(n.split("layers.")[1].split(".")[0]) for n in changed})
+
+    config = dataclasses.replace(CONFIG, steps=40, sampled_depth={0: 1.0, 3: 1.0}, gradient_accumulation=2)
+    result = tune(tmp_path / "out", config, callbacks=[Watch()])
+    shallow = sum(layers == {3} for layers in moved)
+    assert shallow + sum(layers == {2, 3} for layers in moved) == 40
+    assert 10 <= shallow <= 30
+    assert result.eval_loss_after < result.eval_loss_before
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert TrainResult.from_dict(metrics) == dataclasses.replace(result, model=None)
+    assert all(p.requires_grad for n, p in result.model.named_parameters() if "lora_" in n)
+    tune(tmp_path / "again", config)
+    assert_same_adapter(tmp_path / "out", tmp_path / "again")
+
+
 def test_packing_is_the_padded_batch_without_padding(tune, tmp_path):
     padded = tune(tmp_path / "padded")
     packed = tune(tmp_path / "packed", dataclasses.replace(CONFIG, packing=True))
@@ -517,6 +544,7 @@ def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path
         ({"warmup": -1.0}, "warmup is -1.0"),
         ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
         ({"schedule": "cosinus"}, "schedule 'cosinus' is unknown"),
+        ({"sampled_depth": {2: -1.0}}, "the odds of layer 2 are -1.0"),
         ({"init": "zero"}, "init 'zero' is unknown"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
     ],
