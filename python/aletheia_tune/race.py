@@ -358,7 +358,7 @@ def _run_arm(task: _Task, pipe: Connection) -> None:
     try:
         pipe.recv()
         pipe.send(("done", _compete(task, pipe)))
-    except EOFError:  # the referee is gone
+    except (EOFError, BrokenPipeError):  # the referee is gone
         return
     except NonFiniteLoss as error:
         pipe.send(("error", "nonfinite", (str(error), error.step)))

@@ -204,6 +204,8 @@ def _contestant(table: Any, baseline: bool, common: Mapping[str, Any]) -> Contes
     if isinstance(recipe.get("targets"), list):
         recipe["targets"] = tuple(recipe["targets"])
     training = {**common, **_get(table, "training", dict, f"arm {name}", {})}
+    if isinstance(training.get("sampled_depth"), dict):
+        training["sampled_depth"] = _odds(training["sampled_depth"], name)
     for made, values, where in ((Recipe, recipe, "plan"), (TrainConfig, training, "training")):
         _only(values, " ".join(field.name for field in dataclasses.fields(made)), f"arm {name}, {where}")
     if training.get("steps") is None:
@@ -216,6 +218,16 @@ def _contestant(table: Any, baseline: bool, common: Mapping[str, Any]) -> Contes
         raise UserError(f"arm {name}: a value is of the wrong kind ({error})") from None
     except UserError as error:
         raise UserError(f"arm {name}: {error}") from None
+
+
+def _odds(table: Mapping[str, Any], name: str) -> dict[int, Any]:
+    """TOML's keys are text; layers are numbers."""
+    try:
+        return {int(layer): odds for layer, odds in table.items()}
+    except ValueError:
+        raise UserError(
+            f"arm {name}: sampled_depth has {', '.join(table)} as layers: give their indices"
+        ) from None
 
 
 def _only(table: Mapping[str, Any], known: str, where: str) -> None:

@@ -121,6 +121,7 @@ def test_a_miniature_race(task_file, tmp_path):
         (("steps = 24", "steps = -24"), "arm peft: steps is -24"),
         (("batch_size = 4", "batchsize = 4"), "no key 'batchsize'"),
         (("batch_size = 4", 'batch_size = "4"'), "wrong kind"),
+        (("steps = 24", "steps = 24\nsampled_depth = { low = 1.0 }"), "give their indices"),
         (('score = "aletheia"', 'score = "best"'), "score 'best' is unknown"),
         (('name = "half"', 'name = "peft"'), "two arms have one name"),
         (('name = "half"', 'name = "a/b"'), "cannot be a directory name"),
@@ -143,6 +144,12 @@ def test_paths_are_those_beside_the_file(task_file):
     (task_file.parent / "train.jsonl").unlink()
     with pytest.raises(UserError, match=r"train .* does not exist"):
         read_task(task_file)
+
+
+def test_layers_of_sampled_depth_are_numbers(task_file):
+    text = task_file.read_text()
+    task_file.write_text(text.replace("steps = 24", "steps = 24\nsampled_depth = { 0 = 0.5, 2 = 0.5 }"))
+    assert read_task(task_file).contestants[0].config.sampled_depth == {0: 0.5, 2: 0.5}
 
 
 def test_a_run_is_known_by_what_it_depends_on(task_file):
