@@ -169,6 +169,22 @@ def test_plan_switches_reach_the_plan(run, scores_file, tmp_path):
     assert len(plan.modules) == 3
 
 
+def test_rslora_reaches_the_plan(run, scores_file, tmp_path):
+    out = tmp_path / "plan.json"
+    assert run("plan", "--scores", scores_file, "--out", out, "--rank", 4, "--alpha", 6, "--rslora").code == 0
+    assert {m.alpha / m.rank for m in Plan.from_json(out.read_text()).modules.values()} == {3.0}
+
+
+def test_training_switches_reach_the_metrics(run, given, plan_file, tmp_path):
+    out = tmp_path / "adapter"
+    switches = ["--lora-plus", 4, "--init", "gradient", "--packing", "--group-by-length"]
+    ran = run("train", *options(given, plan=plan_file, out=out, steps=2, dtype="float32"), *switches)
+    assert ran.code == 0, ran
+    config = json.loads((out / "metrics.json").read_text())["config"]
+    expected = {"lora_plus": 4.0, "init": "gradient", "packing": True, "group_by_length": True}
+    assert {name: config[name] for name in expected} == expected
+
+
 def test_race_sets_the_plan_beside_uniform_peft(run, given, plan_file, tmp_path, monkeypatch):
     from aletheia_tune import race as race_module
 
