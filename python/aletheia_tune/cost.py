@@ -396,6 +396,38 @@ def calibrate(model: nn.Module, batch: Batch | None = None, *, rounds: int = 3) 
     with timed_plans(model, list(plans.values()), batch) as timed:
         kept = [each.kept_bytes() for each in timed]
         records = interleaved(timed, rounds)
+    calibration = fit(shape, batch, plans, records, kept)
+    parameter = next(model.parameters())
+    calibration.meta.update(
+        {
+            "machine": platform.processor() or platform.machine(),
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "seconds": time.perf_counter() - began,
+        }
+    )
+    return calibration
+
+
+def fit(
+    shape: ModelShape,
+    batch: Batch,
+    plans: Mapping[str, Plan],
+    records: Sequence[Sequence[Phases]],
+    kept: Sequence[int],
+) -> Calibration:
+    """The prices that explain measured plans best, from the medians of their steps.
+
+    Args:
+        shape: of the model.
+        batch: that was timed.
+        plans: by name, which the result's ``meta["plans"]`` shows with measured and fitted seconds.
+        records: the steps of each plan.
+        kept: bytes that autograd kept in each plan's step.
+    """
     parts = {field.name: [_median(r, field.name) for r in records] for field in fields(Phases)}
     flops = shape.forward_flops(batch)
     labelled = batch.tokens * batch.labelled
@@ -421,26 +453,14 @@ def calibrate(model: nn.Module, batch: Batch | None = None, *, rounds: int = 3) 
     coefficients = Coefficients(
         **{field.name: price for field, price in zip(fields(Coefficients), prices, strict=True)}
     )
-    parameter = next(model.parameters())
     calibration = Calibration(shape, batch, coefficients, {})
-    calibration.meta.update(
-        {
-            "machine": platform.processor() or platform.machine(),
-            "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "versions": versions(),
-            "seconds": time.perf_counter() - began,
-            "plans": {
-                name: {
-                    "measured_s": statistics.median(phases.seconds for phases in record),
-                    "fitted_s": predict(plan, calibration).seconds,
-                }
-                for (name, plan), record in zip(plans.items(), records, strict=True)
-            },
+    calibration.meta["plans"] = {
+        name: {
+            "measured_s": statistics.median(phases.seconds for phases in record),
+            "fitted_s": predict(plan, calibration).seconds,
         }
-    )
+        for (name, plan), record in zip(plans.items(), records, strict=True)
+    }
     return calibration
 
 
