@@ -94,11 +94,11 @@ class PrefixCache:
 
     def remove(self) -> None:
         """Take the cache out of the model and give its files back; the entries stay on disk."""
+        if self._handles and self._store is not None:
+            self._store.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._store is not None:
-            self._store.close()
 
     def __enter__(self) -> PrefixCache:
         return self

@@ -161,6 +161,7 @@ def test_hits_are_what_would_be_computed(tmp_path, family, side):
         assert counts(cache) == (4, 4, 0)
         assert not ran
         assert cache.passed_by == 0
+    cache.remove()  # a second time, without effect
     assert_equal(gradients(model, batch), expected)
     assert ran
 
