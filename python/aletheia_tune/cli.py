@@ -490,10 +490,13 @@ def race(
     from rich.console import Console
 
     from aletheia_tune.referee import VERDICT, read_task, referee
+    from aletheia_tune.report import write_verdict
 
     verdict = referee(read_task(task_file), out, overwrite=overwrite)
+    page = out / "report.html"
+    write_verdict(page, verdict, commands=[f"aletheia race {task_file} --out {out}"], overwrite=True)
     Console().print(verdict.show())
-    print(f"every raw point is in {out / VERDICT}")
+    print(f"every raw point is in {out / VERDICT}; the page is {page}")
 
 
 @app.command()

@@ -30,7 +30,7 @@ from rich.table import Table
 from aletheia_tune import files
 from aletheia_tune.environment import machine_facts, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
-from aletheia_tune.race import Arm, ArmResult, RaceResult, race
+from aletheia_tune.race import Arm, ArmResult, RaceResult, RaceTable, race
 from aletheia_tune.recipe import Recipe
 from aletheia_tune.train import TrainConfig
 
@@ -328,11 +328,13 @@ class Verdict:
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
-    def show(self) -> Table:
-        """The verdict as a table for a terminal."""
-        title = f"{self.task}: time to the baselines' held-out loss"
-        table = Table(title=title, caption=f"No verdict: {self.objection}." if self.objection else None)
-        heads = (
+    def results(self) -> dict[str, RaceResult]:
+        """The race of each seed, read back from the raw points."""
+        return {seed: RaceResult.from_json(json.dumps(points["race"])) for seed, points in self.races.items()}
+
+    def cells(self) -> RaceTable:
+        """The verdict's text, a row for each challenger and seed."""
+        header = (
             "arm",
             "rate",
             "seed",
@@ -340,29 +342,50 @@ class Verdict:
             "loss at equal time",
             "loss at equal steps",
             "forgetting",
+            "trainable parameters",
+            "peak memory",
         )
-        for head in heads:
-            table.add_column(head, justify="left" if head == "arm" else "right")
+        rows = []
         for name, seeds in self.arms.items():
             for seed, one in seeds.items():
                 ratio = "not reached"
                 if one.seconds_to_target is not None:
                     times = f"{one.seconds_to_target:.0f} of {one.baseline_seconds:.0f} s"
                     ratio = f"{one.ratio_time_to_target:.3f} x ({times})"
-                table.add_row(
-                    name,
-                    f"{self.chosen[name]:g}",
-                    seed,
-                    ratio,
-                    "none"
-                    if one.loss_equal_time is None
-                    else f"{one.loss_equal_time:.4f} against {one.baseline_loss_equal_time:.4f}",
-                    "none" if one.loss_equal_steps is None else f"{one.loss_equal_steps:.4f}",
-                    "none"
-                    if one.forgetting is None
-                    else f"{one.forgetting:.3f} against {one.baseline_forgetting:.3f}",
+                costs = self.table[name]
+                rows.append(
+                    (
+                        name,
+                        f"{self.chosen[name]:g}",
+                        seed,
+                        ratio,
+                        _against(one.loss_equal_time, one.baseline_loss_equal_time, 4),
+                        _against(one.loss_equal_steps, one.target, 4),
+                        _against(one.forgetting, one.baseline_forgetting, 3),
+                        f"{costs['trainable_parameters']:,.0f}",
+                        f"{costs['peak_memory_mb']:,.0f} MiB",
+                    )
                 )
+        notes = (f"No verdict: {self.objection}.",) if self.objection else ()
+        return RaceTable(header, tuple(rows), notes)
+
+    def show(self) -> Table:
+        """The verdict as a table for a terminal."""
+        cells = self.cells()
+        table = Table(
+            title=f"{self.task}: time to the baselines' held-out loss", caption="\n".join(cells.notes) or None
+        )
+        for head in cells.header:
+            table.add_column(head, justify="left" if head == "arm" else "right")
+        for row in cells.rows:
+            table.add_row(*row)
         return table
+
+
+def _against(mine: float | None, theirs: float | None, digits: int) -> str:
+    if mine is None or theirs is None:
+        return "none"
+    return f"{mine:.{digits}f} against {theirs:.{digits}f}"
 
 
 def referee(

@@ -15,6 +15,7 @@ from aletheia_tune import figures, files
 if TYPE_CHECKING:
     from aletheia_tune.plan import Plan
     from aletheia_tune.race import ArmResult, RaceResult
+    from aletheia_tune.referee import Verdict
     from aletheia_tune.scores import Scores
 
 Facts = Sequence[tuple[str, str]]
@@ -56,14 +57,7 @@ def write_report(
     planned = [arm for arm in result.arms if _is_from(arm.plan, scores)]
     if not planned:
         raise ValueError("no arm of the race has a plan made from these scores")
-    template = Environment(
-        loader=PackageLoader("aletheia_tune"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.j2")
-    page = template.render(
+    page = _render(
         title=title,
         question=question,
         verdict=verdict(result, scores),
@@ -75,6 +69,95 @@ def write_report(
         commands=commands,
     )
     files.write_text(path, page, overwrite)
+
+
+def write_verdict(
+    path: str | os.PathLike[str], verdict: Verdict, *, commands: Sequence[str], overwrite: bool = False
+) -> None:
+    """Write the page of a referee's verdict as one HTML file.
+
+    Args:
+        path: of the HTML file.
+        verdict: of `referee.referee`.
+        commands: to repeat it, one a line.
+        overwrite: replace a file that is there.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rates = "; ".join(
+        f"{name}: " + ", ".join(f"{loss:.4f} at {rate}" for rate, loss in losses.items())
+        for name, losses in verdict.rates.items()
+    )
+    page = _render(
+        title=f"{verdict.task}: time to uniform LoRA's held-out loss",
+        question="Who reaches first, and how much sooner, the held-out loss that PEFT's uniform LoRA ends with? Every "
+        "arm runs at the learning rate that its own search found best.",
+        verdict=_judgement(verdict),
+        limits="One model, one task, one machine, and seeds that share the held-out examples on which rates were "
+        "chosen. Time runs from before the probe; evaluation is in nobody's time.",
+        table=verdict.cells(),
+        curves=_verdict_curves(verdict),
+        layers=[],
+        facts=[*verdict.machine.items(), ("rates tried, held-out loss at the end", rates)],
+        commands=commands,
+    )
+    files.write_text(path, page, overwrite)
+
+
+def _render(**content: object) -> str:
+    environment = Environment(
+        loader=PackageLoader("aletheia_tune"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(**content)
+
+
+def _judgement(verdict: Verdict) -> str:
+    """The recommended challenger's figures over all seeds, in two sentences."""
+    if verdict.objection:
+        return f"No verdict: {verdict.objection}."
+    seeds = list(verdict.arms[verdict.recommended].values())
+    ratios = sorted(one.ratio_time_to_target for one in seeds if one.ratio_time_to_target is not None)
+    missed = len(seeds) - len(ratios)
+    if not ratios:
+        first = f"{verdict.recommended} did not reach the target with any of {len(seeds)} seeds."
+    else:
+        spread = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        times = f"{spread} of the baselines' time, {len(ratios)} of {len(seeds)} seeds"
+        first = f"{verdict.recommended} reached the target in {times}" + (
+            f"; {missed} did not reach it." if missed else "."
+        )
+    lower = sum(
+        one.loss_equal_time is not None and one.loss_equal_time < one.baseline_loss_equal_time
+        for one in seeds
+    )
+    return f"{first} Trained for the baselines' time it ended with a lower loss in {lower} of {len(seeds)} seeds."
+
+
+def _verdict_curves(verdict: Verdict) -> list[dict[str, str]]:
+    drawn = []
+    for seed, result in verdict.results().items():
+        curves = [
+            figures.Curve(
+                arm.name,
+                [record.seconds + arm.start_seconds for record in arm.training.evals],
+                [record.loss for record in arm.training.evals],
+            )
+            for arm in result.arms
+        ]
+        ends = "; ".join(f"{curve.name}: {curve.loss[-1]:.4f} after {curve.x[-1]:.0f} s" for curve in curves)
+        svg = figures.loss_curves(
+            curves,
+            x_label="seconds, probe and patching included",
+            y_label="held-out loss (nats a token)",
+            label=f"Held-out loss by time, seed {seed}. {ends}.",
+        )
+        drawn.append(_figure(svg, f"Seed {seed}: held-out loss by time; evaluation is left out."))
+    return drawn
 
 
 def _is_from(plan: Plan, scores: Scores) -> bool:

@@ -14,6 +14,7 @@ from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.race import ArmResult, RaceResult
 from aletheia_tune.referee import VERDICT, RaceTask, judge, read_task, referee
+from aletheia_tune.report import write_verdict
 from aletheia_tune.train import EvalRecord, StepRecord, TrainResult
 
 TASK = """
@@ -94,6 +95,13 @@ def test_a_miniature_race(task_file, tmp_path):
         equal = written["races"][seed]["equal_time"]["arms"]
         assert [arm["name"] for arm in equal] == ["half"]
         assert figures["loss_equal_time"] == equal[0]["training"]["eval_loss_after"]
+
+    write_verdict(out / "report.html", verdict, commands=["aletheia race task.toml"])
+    page = (out / "report.html").read_text()
+    assert "Scores and plan" not in page
+    assert f"{verdict.chosen['half']:g}" in page
+    assert "half reached the target in" in page or "half did not reach the target with any of 1 seeds" in page
+    assert page.count("<svg") == 1
 
     # Nothing is run a second time.
     runs = {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
