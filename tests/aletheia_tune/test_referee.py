@@ -268,7 +268,7 @@ def test_the_best_rate_is_never_at_the_edge(task_file, tmp_path, monkeypatch):
         return RaceResult((ran("x", [3.0, abs(math.log10(rate / optimum[0]))], 1.0),), {})
 
     monkeypatch.setattr(runs, "race", race)
-    for where, best in ((0.1, 0.1), (0.3, 0.2), (0.003, 0.002), (9.0, 3.2)):
+    for where, best in ((0.1, 0.1), (0.3, 0.4), (0.003, 0.002), (9.0, 3.2)):
         tried.clear()
         optimum[:] = [where]
         losses = runs.search(task.contestants[0])
