@@ -507,9 +507,14 @@ def _highest(scores: Sequence[float], share: float) -> list[int]:
             raise UserError(
                 f"the score of layer {index} is {score}: probe again, in float32 or on other batches"
             )
-    # 1e-9: a share that was computed, such as 0.29 · 100, may fall a rounding error short of a whole layer.
-    count = max(math.floor(len(scores) * share / 100 + 1e-9), 1)
+    count = share_of_layers(len(scores), share)
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
+
+
+def share_of_layers(num_layers: int, share: float) -> int:
+    """How many layers a share in percent is: the floor, but 1 at least (arXiv 2604.15351)."""
+    # 1e-9: a share that was computed, such as 0.29 · 100, may fall a rounding error short of a whole layer.
+    return max(math.floor(num_layers * share / 100 + 1e-9), 1)
 
 
 def _check_share(share: float) -> None:

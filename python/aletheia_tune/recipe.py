@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.errors import UserError
-from aletheia_tune.plan import Plan, Ranks, make_plan, uniform_plan
+from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
+from aletheia_tune.scores.controls import CONTROLS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNIFORM = "uniform"
-SUFFIX = "top"
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Recipe:
     """A plan that is made where and when it is needed, so that its cost can be charged.
 
     Attributes:
-        score: a score of the probe; "uniform" for every layer, or "top" for the layers nearest to the loss, both
-            without a probe.
+        score: a score of the probe; without a probe "uniform" for every layer, or a control for as many layers as a
+            score would choose: "top" (nearest to the loss), "bottom", "spaced", or "random", drawn anew for each seed.
         layers: share of the layers to adapt, in percent.
         rank: of every adapter, or the mean rank where ranks go by score.
         alpha: of every adapter; by default twice its rank.
@@ -47,7 +47,7 @@ class Recipe:
     probe_batch_size: int = 4
 
     def __post_init__(self) -> None:
-        known = (UNIFORM, SUFFIX, *METHODS)
+        known = (UNIFORM, *CONTROLS, *METHODS)
         if self.score not in known:
             raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
         if not 0 < self.layers <= 100:
@@ -72,9 +72,9 @@ class Recipe:
         everywhere = uniform_plan(model, rank=self.rank, alpha=alpha, targets=self.targets)
         if self.score == UNIFORM:
             return everywhere
-        if self.score == SUFFIX:
-            count = max(int(everywhere.num_layers * self.layers / 100), 1)
-            return everywhere.only_layers(range(everywhere.num_layers - count, everywhere.num_layers))
+        if self.score in CONTROLS:
+            count = share_of_layers(everywhere.num_layers, self.layers)
+            return everywhere.only_layers(CONTROLS[self.score](everywhere.num_layers, count, seed))
         scores = probe(
             model,
             batches(

@@ -1,0 +1,89 @@
+"""How an arm comes by its plan: by a score, by a control of the same size, or everywhere."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aletheia_tune.data import batches, load_examples, pad_token_id
+from aletheia_tune.errors import UserError
+from aletheia_tune.plan import make_plan, uniform_plan
+from aletheia_tune.probe import probe
+from aletheia_tune.recipe import Recipe
+from aletheia_tune.scores.controls import CONTROLS
+from aletheia_tune.train import load_model
+
+
+@given(layers=st.integers(1, 100), data=st.data(), seed=st.integers(0, 2**32))
+def test_every_control_is_as_many_different_layers_as_asked(layers, data, seed):
+    count = data.draw(st.integers(1, layers))
+    for choose in CONTROLS.values():
+        chosen = choose(layers, count, seed)
+        assert len(set(chosen)) == count
+        assert list(chosen) == sorted(chosen)
+        assert chosen[0] >= 0
+        assert chosen[-1] < layers
+    chosen = CONTROLS["spaced"](layers, count, 0)
+    gaps = {b - a for a, b in itertools.pairwise(chosen)}
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+    assert chosen[-1] == layers - 1
+
+
+def test_controls_by_name():
+    assert CONTROLS["top"](6, 2, 0) == (4, 5)
+    assert CONTROLS["bottom"](6, 2, 0) == (0, 1)
+    assert CONTROLS["spaced"](6, 3, 0) == (1, 3, 5)
+    draws = {CONTROLS["random"](30, 15, seed) for seed in range(20)}
+    assert len(draws) == 20
+    assert CONTROLS["random"](30, 15, 7) == CONTROLS["random"](30, 15, 7)
+
+
+@pytest.fixture
+def given_task(tiny_model_dir: Path, train_file: Path):
+    model, tokenizer = load_model(tiny_model_dir, "float32")
+    return model, tokenizer, load_examples(train_file, tokenizer)
+
+
+def test_plans_of_recipes(given_task):
+    model, tokenizer, examples = given_task
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    assert Recipe(rank=3).plan(model, tokenizer, examples, 0) == uniform_plan(model, rank=3, alpha=6.0)
+    for score, layers in (("top", (2, 3)), ("bottom", (0, 1)), ("spaced", (1, 3))):
+        plan = Recipe(score=score, layers=50, rank=3).plan(model, tokenizer, examples, 0)
+        assert plan.layers == layers
+        everywhere = uniform_plan(model, rank=3, alpha=6.0).modules
+        assert plan.modules == {
+            name: module
+            for name, module in everywhere.items()
+            if any(name.startswith(f"model.layers.{layer}.") for layer in layers)
+        }
+    draws = {
+        Recipe(score="random", layers=50).plan(model, tokenizer, examples, seed).layers for seed in range(20)
+    }
+    assert len(draws) > 1
+    scored = Recipe(score="aletheia", layers=50, rank=3, probe_batches=2).plan(model, tokenizer, examples, 5)
+    scores = probe(model, batches(examples, 4, pad_token_id(tokenizer), seed=5, count=2), seed=5)
+    assert scored.modules == make_plan(scores, layers=50, rank=3).modules
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"score": "best"}, "score 'best' is unknown"),
+        ({"layers": 0}, "layers is 0"),
+        ({"layers": 101}, "layers is 101"),
+        ({"probe_batches": 0}, "probe_batches is 0"),
+        ({"probe_batch_size": 0}, "probe_batch_size is 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(change, says):
+    with pytest.raises(UserError, match=says):
+        Recipe(**change)
