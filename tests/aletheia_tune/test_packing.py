@@ -14,6 +14,8 @@ from transformers import (
     DataCollatorWithFlattening,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -90,6 +92,17 @@ def test_learned_positions_start_again_with_each_example():
     state = torch.get_rng_state()
     require_separation(model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rounding_through_many_layers_is_no_reading_of_the_other_example():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, num_hidden_layers=48, initializer_range=0.2, **sizes))
+    model.config.use_cache = False
+    require_separation(model)
+    model.config.use_cache = True
+    with pytest.raises(UserError, match="does not keep the examples"):
+        require_separation(model)
 
 
 @pytest.mark.parametrize(
