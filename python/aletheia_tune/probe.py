@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,9 +32,15 @@ from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import labelled_head
 from aletheia_tune.layers import bare_model, bare_modules, find_layers, kind_of, linears
 from aletheia_tune.scores import ModuleScore, Scores
+from aletheia_tune.scores.collector import Collector, GradientObserver
+from aletheia_tune.scores.energy import Energy
+from aletheia_tune.scores.fisher import FisherScore
 from aletheia_tune.scores.gradient import GradientScore
+from aletheia_tune.scores.hybrid import Hybrid
+from aletheia_tune.scores.saliency import Saliency
 
-METHODS = ("aletheia",)
+METHODS = ("aletheia", "fisher", "saliency", "energy", "hybrid")
+_EXACT_ONLY = ("energy", "hybrid")
 FAITHFUL_BATCHES = 5
 FAITHFUL_SEED = 42
 WHOLE = -1  # in place of a matrix index: the parameter as a whole
@@ -116,25 +122,24 @@ class _Region:
 
 
 class _Products(TorchFunctionMode):
-    """Sees every product with a watched weight and turns it into squared gradient norms during the backward pass.
+    """Sees every product with a watched weight and shows its gradient's two factors during the backward pass.
 
     Args:
         watched: the frozen parameters to be observed, by name.
-        norm_sq: b [tokens, n], a [tokens, m] -> (‖aᵀ b‖², standard error or None).
+        observers: each is shown every matrix's gradient once.
     """
 
     def __init__(
         self,
         watched: Mapping[str, Tensor],
-        norm_sq: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+        observers: Sequence[GradientObserver],
     ) -> None:
         super().__init__()
         self._watched = {id(parameter): name for name, parameter in watched.items()}
-        self._norm_sq = norm_sq
+        self._observers = observers
         self._regions: dict[tuple[str, int], _Region] = {}
         self.in_products: set[str] = set()
         self.elsewhere: set[str] = set()
-        self.norms: dict[str, dict[int, tuple[Tensor, Tensor | None]]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -219,7 +224,9 @@ class _Products(TorchFunctionMode):
     def _finish(self, name: str, index: int, region: _Region) -> None:
         pairs, region.pairs = region.pairs, []
         a, b = pairs[0] if len(pairs) == 1 else (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        self.norms.setdefault(name, {})[index] = self._norm_sq(b, a)
+        with torch.no_grad():
+            for observer in self._observers:
+                observer.weight(name, index, a, b)
 
     def finish(self) -> None:
         """After the backward pass: matrices of which some call did not reach the loss."""
@@ -281,19 +288,60 @@ def _layer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in found.items()}
 
 
+class _Norms:
+    """The squared gradient norms of one batch.
+
+    Args:
+        norm_sq: b [tokens, n], a [tokens, m] -> (‖aᵀ b‖², standard error or None).
+    """
+
+    def __init__(self, norm_sq: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]) -> None:
+        self._norm_sq = norm_sq
+        self._matrices: dict[str, dict[int, tuple[Tensor, Tensor | None]]] = {}
+        self._ordinary: dict[str, Tensor] = {}
+
+    def weight(self, name: str, index: int, a: Tensor, b: Tensor) -> None:
+        self._matrices.setdefault(name, {})[index] = self._norm_sq(b, a)
+
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        self._ordinary[name] = torch.linalg.vector_norm(gradient, dtype=wide).square()
+
+    def take(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """{parameter: {matrix index or WHOLE: (‖g‖², standard error)}}; then empty for the next batch."""
+        norms = {
+            name: {
+                index: (squared.item(), 0.0 if error is None else error.item())
+                for index, (squared, error) in regions.items()
+            }
+            for name, regions in self._matrices.items()
+        }
+        norms.update({name: {WHOLE: (squared.item(), 0.0)} for name, squared in self._ordinary.items()})
+        self._matrices.clear()
+        self._ordinary.clear()
+        return norms
+
+
 class _Pass:
     """Forward and backward of one batch after another over a model made ready for it."""
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], sketch: _Sketch | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        sketch: _Sketch | None,
+        observers: Sequence[GradientObserver],
+    ) -> None:
         self._model = model
         self._parameters = parameters
         self._sketch = sketch
+        self._norms = _Norms(_exact if sketch is None else sketch.norm_sq)
+        self._observers = [self._norms, *observers]
         self._watched = {
             name: parameter
             for name, parameter in parameters.items()
             if parameter.dim() in (2, 3) and parameter.is_contiguous()
         }
-        self._ordinary_norms: dict[str, Tensor] = {}
         self._hooks = ExitStack()
         self._first = True
         for name in parameters.keys() - self._watched.keys():
@@ -311,17 +359,16 @@ class _Pass:
 
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            wide = torch.promote_types(parameter.grad.dtype, torch.float32)
-            self._ordinary_norms[name] = torch.linalg.vector_norm(parameter.grad, dtype=wide).square()
+            for observer in self._observers:
+                observer.gradient(name, parameter.grad)
             parameter.grad = None
 
         parameter.requires_grad_(True)
         self._hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
 
     def _forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, _Products]:
-        norm_sq = _exact if self._sketch is None else self._sketch.norm_sq
         while True:
-            products = _Products(self._watched, norm_sq)
+            products = _Products(self._watched, self._observers)
             with products, torch.enable_grad():
                 loss = self._model(**batch).loss
             unaccounted = products.elsewhere & self._watched.keys()
@@ -340,7 +387,6 @@ class _Pass:
         """The loss and, for each parameter that had a gradient, {matrix index or WHOLE: (‖g‖², standard error)}."""
         if self._sketch is not None:
             self._sketch.draw()
-        self._ordinary_norms.clear()
         loss, products = self._forward(batch)
         if loss is None:
             raise UserError(f"probe: batch {number}: the model returned no loss; give labels")
@@ -353,15 +399,7 @@ class _Pass:
         if loss.requires_grad:
             loss.backward()
         products.finish()
-        norms = {
-            name: {
-                index: (squared.item(), 0.0 if error is None else error.item())
-                for index, (squared, error) in regions.items()
-            }
-            for name, regions in products.norms.items()
-        }
-        norms.update({name: {WHOLE: (squared.item(), 0.0)} for name, squared in self._ordinary_norms.items()})
-        return value, norms
+        return value, self._norms.take()
 
 
 def _exact(b: Tensor, a: Tensor) -> tuple[Tensor, None]:
@@ -429,6 +467,7 @@ def probe(
     method: str = "aletheia",
     exact: bool = True,
     sketch_columns: int = 16,
+    rank: int = 16,
     faithful: bool = False,
     seed: int = 0,
 ) -> Scores:
@@ -436,6 +475,34 @@ def probe(
 
     ``method="aletheia"`` is the published score (arXiv 2604.15351): the sum over batches and over the floating-point
     parameter tensors of a layer of their gradients' L2 norms; a module's score is the same sum for its weight alone.
+    See :func:`probe_all`, which takes several methods over the same passes, for the rest.
+    """
+    made = probe_all(
+        model,
+        batches,
+        (method,),
+        exact=exact,
+        sketch_columns=sketch_columns,
+        rank=rank,
+        faithful=faithful,
+        seed=seed,
+    )
+    return made[method]
+
+
+def probe_all(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    methods: Sequence[str] = METHODS,
+    *,
+    exact: bool = True,
+    sketch_columns: int = 16,
+    rank: int = 16,
+    faithful: bool = False,
+    seed: int = 0,
+) -> dict[str, Scores]:
+    """Several scores of the same model from the same forward and backward passes, one of each a batch.
+
     The model runs in train mode, as the published probe and as training do; where it is a causal language model whose
     head allows it, logits are made for the labelled rows only. Gradient checkpointing and adapters are switched off
     meanwhile. Everything that is changed is put back, also after an exception.
@@ -443,32 +510,48 @@ def probe(
     Args:
         model: a transformer, bare or in PEFT, of any floating dtype, on any device.
         batches: keyword arguments of the model's forward with labels, tensors on any device.
-        method: "aletheia".
-        exact: False estimates ‖G‖² of the weights by ‖G Ω‖² with random Ω; ``meta["standard_error"]`` by layer.
+        methods: of "aletheia" (sum of gradient norms), "fisher" (of their squares), "saliency" (mean |W ⊙ G|), "energy"
+            (share of the gradient's energy inside rank r), "hybrid" (saliency × energy outside rank r). What each of
+            them is, and whose, stands at the top of its file in :mod:`aletheia_tune.scores`.
+        exact: False estimates ‖G‖² of the weights by ‖G Ω‖² with random Ω; ``meta["standard_error"]`` by layer for
+            "aletheia" and "fisher". "energy" and "hybrid" need True.
         sketch_columns: columns of Ω, at least 2.
+        rank: r of "energy" and "hybrid", at least 1.
         faithful: labels = input_ids, whatever labels the batches have. With the batches of :func:`faithful_batches`
             this is the authors' probe.
-        seed: of dropout and of Ω.
+        seed: of dropout and of whatever is drawn.
 
     Returns:
-        Scores: layers, modules, and in ``meta``: model, dtype, device, batches, tokens, labelled_tokens, seconds, loss
-        (mean), faithful, exact, stability (mean rank correlation between single batches' scores), head (why the plain
-        head was used, or None), experts (by expert parameter, the sums for each expert), peak_memory_bytes (of the
-        process, or of the device).
+        By method, Scores: layers, modules, and in ``meta``: model, dtype, device, batches, tokens, labelled_tokens,
+        seconds (of all methods together), loss (mean), faithful, exact, stability (mean rank correlation between single
+        batches' scores), head (why the plain head was used, or None), experts (by expert parameter, the sums of
+        gradient norms for each expert), peak_memory_bytes (of the process, or of the device), rank ("energy" and
+        "hybrid").
 
     Raises:
-        UserError: no known list of layers, no batches or labels, an unknown method, a gradient that is not finite.
+        UserError: no known list of layers, no batches or labels, no methods or an unknown one, a gradient that is not
+            finite.
         NonFiniteLoss: a loss that is not finite; ``step`` is the batch, counted from 1.
     """
-    if method not in METHODS:
-        raise UserError(f"probe: method {method!r} is not known; use one of {', '.join(METHODS)}")
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"probe: method {method!r} is not known; use one of {', '.join(METHODS)}")
+        if not exact and method in _EXACT_ONLY:
+            raise UserError(f"probe: method {method!r} needs exact norms; leave exact at True")
+    if not methods:
+        raise UserError(f"probe: no methods; give at least one of {', '.join(METHODS)}")
     if not exact and sketch_columns < 2:
         raise UserError(f"probe: sketch_columns is {sketch_columns}; give at least 2")
+    if rank < 1:
+        raise UserError(f"probe: rank is {rank}; give at least 1")
     bare = bare_model(model)
     layers = find_layers(model)
     parameters = _layer_parameters(model)
     layer_of = {name: int(name.removeprefix(f"{layers.path}.").split(".")[0]) for name in parameters}
-    score = GradientScore(layer_of, len(layers.layers))
+    modules = _modules(model, parameters, layer_of)
+    weights = {name: parameters[name] for name, _ in modules.values()}
+    collectors = _collectors(methods, weights, layer_of, len(layers.layers), rank, seed)
+    observers = [each for each in collectors.values() if isinstance(each, GradientObserver)]
     sketch = None if exact else _Sketch(sketch_columns, seed)
     device = next(bare.parameters()).device
     experts: dict[str, list[float]] = {
@@ -483,7 +566,7 @@ def probe(
             wrapper: Any = model
             stack.enter_context(wrapper.disable_adapter())
         head = stack.enter_context(labelled_head(bare))
-        passes = stack.enter_context(_Pass(bare, parameters, sketch))
+        passes = stack.enter_context(_Pass(bare, parameters, sketch, observers))
         for number, given in enumerate(batches, start=1):
             batch = {
                 key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()
@@ -506,16 +589,14 @@ def probe(
                 for index, (squared, _) in regions.items():
                     if name in experts and index != WHOLE:
                         experts[name][index] += math.sqrt(squared)
-            score.add_batch(
-                {
-                    name: math.fsum(squared for squared, _ in regions.values())
-                    for name, regions in norms.items()
-                },
-                {
-                    name: math.hypot(*(error for _, error in regions.values()))
-                    for name, regions in norms.items()
-                },
-            )
+            squared_norms = {
+                name: math.fsum(squared for squared, _ in regions.values()) for name, regions in norms.items()
+            }
+            standard_errors = {
+                name: math.hypot(*(error for _, error in regions.values())) for name, regions in norms.items()
+            }
+            for collector in collectors.values():
+                collector.add_batch(squared_norms, standard_errors)
     if not losses:
         raise UserError("probe: no batches; give at least one")
     meta: dict[str, Any] = {
@@ -529,7 +610,6 @@ def probe(
         "loss": math.fsum(losses) / len(losses),
         "faithful": faithful,
         "exact": exact,
-        "stability": score.stability,
         "head": head.reason,
         "peak_memory_bytes": int(peak_memory_mb(device) * 1024**2),
     }
@@ -537,26 +617,66 @@ def probe(
         meta["experts"] = experts
     if not exact:
         meta["sketch_columns"] = sketch_columns
-        meta["standard_error"] = list(score.standard_error)
-    modules = _module_scores(model, parameters, layer_of, score.by_parameter)
-    return Scores(method, score.by_layer, modules, layers.path, meta)
+    return {
+        method: _scores(method, collectors[method], modules, layers.path, meta, exact) for method in methods
+    }
 
 
-def _module_scores(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+def _collectors(
+    methods: Sequence[str],
+    weights: Mapping[str, Tensor],
     layer_of: Mapping[str, int],
-    by_parameter: Mapping[str, float],
-) -> dict[str, ModuleScore]:
+    num_layers: int,
+    rank: int,
+    seed: int,
+) -> dict[str, Collector]:
+    """A collector for every method, and for those that they build on."""
+    made: dict[str, Collector] = {}
+    if "aletheia" in methods:
+        made["aletheia"] = GradientScore(layer_of, num_layers)
+    if "fisher" in methods:
+        made["fisher"] = FisherScore(layer_of, num_layers)
+    if "saliency" in methods or "hybrid" in methods:
+        made["saliency"] = saliency = Saliency(weights, layer_of, num_layers)
+    if "energy" in methods or "hybrid" in methods:
+        made["energy"] = energy = Energy(weights, layer_of, num_layers, rank, seed)
+    if "hybrid" in methods:
+        made["hybrid"] = Hybrid(saliency, energy, layer_of, num_layers)
+    return made
+
+
+def _scores(
+    method: str,
+    collector: Collector,
+    modules: Mapping[str, tuple[str, ModuleScore]],
+    layer_path: str,
+    meta: Mapping[str, Any],
+    exact: bool,
+) -> Scores:
+    own = {"stability": collector.stability, **collector.meta}
+    if not exact and isinstance(collector, GradientScore):
+        own["standard_error"] = list(collector.standard_error)
+    by_parameter = collector.by_parameter
+    scored = {
+        name: replace(module, score=by_parameter[parameter])
+        for name, (parameter, module) in modules.items()
+        if parameter in by_parameter
+    }
+    return Scores(method, collector.by_layer, scored, layer_path, {**meta, **own})
+
+
+def _modules(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], layer_of: Mapping[str, int]
+) -> dict[str, tuple[str, ModuleScore]]:
+    """Every linear and every stacked expert parameter: the name of its weight, and what it is, without a score yet."""
     name_of = {parameter: name for name, parameter in parameters.items()}
-    modules: dict[str, ModuleScore] = {}
+    modules: dict[str, tuple[str, ModuleScore]] = {}
     for linear, module in linears(model):
         # A weight that several linears share has one gradient, and each of them that score.
         name = name_of.get(module.weight)
         if name is not None:
-            modules[linear.name] = ModuleScore(
-                linear.layer, by_parameter[name], linear.in_features, linear.out_features, linear.kind
-            )
+            described = ModuleScore(linear.layer, 0.0, linear.in_features, linear.out_features, linear.kind)
+            modules[linear.name] = (name, described)
     layers = find_layers(model)
     for module_name, module in bare_modules(layers.layers, layers.path):
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
@@ -565,5 +685,5 @@ def _module_scores(
                 if getattr(module, "is_transposed", False):
                     rows, columns = columns, rows
                 kind = kind_of(name, layers.path)
-                modules[name] = ModuleScore(layer_of[name], by_parameter[name], columns, rows, kind)
+                modules[name] = (name, ModuleScore(layer_of[name], 0.0, columns, rows, kind))
     return modules

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from aletheia_tune.errors import UserError
+from aletheia_tune.scores import Scores
 
 
 def top(num_layers: int, count: int, seed: int = 0) -> tuple[int, ...]:
@@ -32,3 +36,30 @@ CONTROLS: dict[str, Callable[[int, int, int], Sequence[int]]] = {
     "spaced": spaced,
     "random": at_random,
 }
+
+
+def control_scores(scores: Scores, control: str, count: int, seed: int = 0) -> Scores:
+    """Scores of the same model that rank a control's choice first: 1 for its layers and all in them, 0 for the others.
+
+    Args:
+        scores: of the model; which method made them does not matter.
+        control: one of `CONTROLS`.
+        count: how many layers a plan will choose, at least 1 and at most all.
+        seed: of "random".
+
+    Raises:
+        UserError: no such control.
+    """
+    if control not in CONTROLS:
+        raise UserError(f"control {control!r} is unknown: choose one of {', '.join(CONTROLS)}")
+    chosen = set(CONTROLS[control](len(scores.layers), count, seed))
+    return replace(
+        scores,
+        method=control,
+        layers=tuple(float(layer in chosen) for layer in range(len(scores.layers))),
+        modules={
+            name: replace(module, score=float(module.layer in chosen))
+            for name, module in scores.modules.items()
+        },
+        meta={**scores.meta, "stability": None},
+    )

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from aletheia_tune.scores.collector import Collector
 
-class GradientScore:
+
+class GradientScore(Collector):
     """Sums gradient norms into scores by layer and by parameter.
 
     Args:
@@ -27,6 +29,12 @@ class GradientScore:
         self._variance = [0.0] * num_layers
         self._num_layers = num_layers
 
+    @staticmethod
+    def _term(norm_sq: float) -> tuple[float, float]:
+        """What a squared norm adds to the score, and the derivative of that by the squared norm."""
+        norm = math.sqrt(max(norm_sq, 0.0))
+        return norm, 1.0 / (2.0 * norm) if norm > 0.0 else 0.0
+
     def add_batch(self, norm_sq: Mapping[str, float], standard_error: Mapping[str, float]) -> None:
         """Adds one batch: squared gradient norms by parameter and, where they are estimates, their standard errors.
 
@@ -36,12 +44,11 @@ class GradientScore:
         """
         layers, errors = [0.0] * self._num_layers, [0.0] * self._num_layers
         for name, squared in norm_sq.items():
-            norm = math.sqrt(max(squared, 0.0))
+            value, slope = self._term(squared)
             layer = self._layer_of[name]
-            self._by_parameter[name] += norm
-            layers[layer] += norm
-            if norm > 0.0:
-                errors[layer] += standard_error.get(name, 0.0) / (2.0 * norm)
+            self._by_parameter[name] += value
+            layers[layer] += value
+            errors[layer] += standard_error.get(name, 0.0) * slope
         self._by_batch.append(layers)
         self._variance = [total + error**2 for total, error in zip(self._variance, errors, strict=True)]
 
@@ -52,7 +59,7 @@ class GradientScore:
 
     @property
     def by_parameter(self) -> dict[str, float]:
-        """The sum over batches of each parameter tensor's gradient norm."""
+        """The sum over batches of what each parameter tensor adds."""
         return dict(self._by_parameter)
 
     @property
@@ -63,25 +70,29 @@ class GradientScore:
     @property
     def stability(self) -> float | None:
         """Mean Spearman correlation of the layers' scores between single batches; None where there is none."""
-        pairs = [
-            spearman(first, second)
-            for index, first in enumerate(self._by_batch)
-            for second in self._by_batch[index + 1 :]
-        ]
-        known = [value for value in pairs if value is not None]
-        return math.fsum(known) / len(known) if known else None
+        return stability(self._by_batch)
+
+
+def stability(by_batch: Sequence[Sequence[float]]) -> float | None:
+    """Mean Spearman correlation of all pairs of batches' scores; None of one batch, or where all scores are equal."""
+    pairs = [
+        spearman(first, second) for index, first in enumerate(by_batch) for second in by_batch[index + 1 :]
+    ]
+    known = [value for value in pairs if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation of two sequences (ties share their mean rank); None where one of them is constant."""
-    a, b = _ranks(first), _ranks(second)
+    a, b = ranks(first), ranks(second)
     mean = (len(a) - 1) / 2.0
     covariance = math.fsum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
     spread = math.sqrt(math.fsum((x - mean) ** 2 for x in a) * math.fsum((y - mean) ** 2 for y in b))
     return covariance / spread if spread > 0.0 else None
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
+def ranks(values: Sequence[float]) -> list[float]:
+    """The rank of every value, from 0 for the smallest; ties share their mean rank."""
     return [
         sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2.0
         for value in values
