@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from aletheia_kernels import weight_grad_norm_sq, weight_grad_norm_sq_sketch
 from aletheia_tune.environment import peak_memory_mb
@@ -32,14 +34,16 @@ from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import labelled_head
 from aletheia_tune.layers import bare_model, bare_modules, find_layers, kind_of, linears
 from aletheia_tune.scores import ModuleScore, Scores
-from aletheia_tune.scores.collector import Collector, GradientObserver
+from aletheia_tune.scores.activation import Activation
+from aletheia_tune.scores.cka import Cka, Pooling
+from aletheia_tune.scores.collector import Collector, ForwardObserver, GradientObserver
 from aletheia_tune.scores.energy import Energy
 from aletheia_tune.scores.fisher import FisherScore
 from aletheia_tune.scores.gradient import GradientScore
 from aletheia_tune.scores.hybrid import Hybrid
 from aletheia_tune.scores.saliency import Saliency
 
-METHODS = ("aletheia", "fisher", "saliency", "energy", "hybrid")
+METHODS = ("aletheia", "fisher", "saliency", "energy", "hybrid", "activation", "cka")
 _EXACT_ONLY = ("energy", "hybrid")
 FAITHFUL_BATCHES = 5
 FAITHFUL_SEED = 42
@@ -288,6 +292,46 @@ def _layer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in found.items()}
 
 
+@contextmanager
+def _seen_forward(
+    model: nn.Module, modules: Mapping[str, tuple[str, ModuleScore]], observers: Sequence[ForwardObserver]
+) -> Iterator[None]:
+    """Shows observers the hidden states between the layers and the inputs of the linears."""
+
+    @torch.no_grad()
+    def hidden(index: int, state: Tensor) -> None:
+        for observer in observers:
+            observer.hidden(index, state)
+
+    @torch.no_grad()
+    def linear_input(name: str, x: Tensor) -> None:
+        for observer in observers:
+            observer.linear(name, x)
+
+    def before(show: Callable[[Tensor], None], module: nn.Module, args: Any, kwargs: Any) -> None:
+        show(next(_tensors((*args, *kwargs.values()))))
+
+    def after(show: Callable[[Tensor], None], module: nn.Module, args: Any, out: Any) -> None:
+        show(next(_tensors((out,))))
+
+    handles: list[RemovableHandle] = []
+    try:
+        if observers:
+            layers = find_layers(model).layers
+            first = partial(before, partial(hidden, 0))
+            handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+            for index, layer in enumerate(layers, start=1):
+                handles.append(layer.register_forward_hook(partial(after, partial(hidden, index))))
+            for linear, module in linears(model):
+                if linear.name in modules:
+                    into = partial(before, partial(linear_input, modules[linear.name][0]))
+                    handles.append(module.register_forward_pre_hook(into, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Norms:
     """The squared gradient norms of one batch.
 
@@ -330,13 +374,15 @@ class _Pass:
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
         sketch: _Sketch | None,
-        observers: Sequence[GradientObserver],
+        gradients: Sequence[GradientObserver],
+        forward: Sequence[ForwardObserver],
     ) -> None:
         self._model = model
         self._parameters = parameters
         self._sketch = sketch
         self._norms = _Norms(_exact if sketch is None else sketch.norm_sq)
-        self._observers = [self._norms, *observers]
+        self._observers = [self._norms, *gradients]
+        self._forward_observers = forward
         self._watched = {
             name: parameter
             for name, parameter in parameters.items()
@@ -368,6 +414,8 @@ class _Pass:
 
     def _forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, _Products]:
         while True:
+            for observer in self._forward_observers:
+                observer.begin(batch)
             products = _Products(self._watched, self._observers)
             with products, torch.enable_grad():
                 loss = self._model(**batch).loss
@@ -468,6 +516,7 @@ def probe(
     exact: bool = True,
     sketch_columns: int = 16,
     rank: int = 16,
+    pooling: Pooling = "last",
     faithful: bool = False,
     seed: int = 0,
 ) -> Scores:
@@ -484,6 +533,7 @@ def probe(
         exact=exact,
         sketch_columns=sketch_columns,
         rank=rank,
+        pooling=pooling,
         faithful=faithful,
         seed=seed,
     )
@@ -498,6 +548,7 @@ def probe_all(
     exact: bool = True,
     sketch_columns: int = 16,
     rank: int = 16,
+    pooling: Pooling = "last",
     faithful: bool = False,
     seed: int = 0,
 ) -> dict[str, Scores]:
@@ -511,12 +562,15 @@ def probe_all(
         model: a transformer, bare or in PEFT, of any floating dtype, on any device.
         batches: keyword arguments of the model's forward with labels, tensors on any device.
         methods: of "aletheia" (sum of gradient norms), "fisher" (of their squares), "saliency" (mean |W ⊙ G|), "energy"
-            (share of the gradient's energy inside rank r), "hybrid" (saliency × energy outside rank r). What each of
-            them is, and whose, stands at the top of its file in :mod:`aletheia_tune.scores`.
+            (share of the gradient's energy inside rank r), "hybrid" (saliency × energy outside rank r), "activation"
+            (mean norm of a layer's output), "cka" (1 − CKA of a layer's input and output). What each of them is, and
+            whose, stands at the top of its file in :mod:`aletheia_tune.scores`. The last two alone need no backward
+            pass.
         exact: False estimates ‖G‖² of the weights by ‖G Ω‖² with random Ω; ``meta["standard_error"]`` by layer for
             "aletheia" and "fisher". "energy" and "hybrid" need True.
         sketch_columns: columns of Ω, at least 2.
         rank: r of "energy" and "hybrid", at least 1.
+        pooling: of "cka", which token stands for an example: "last" as published, "last-content" or "mean".
         faithful: labels = input_ids, whatever labels the batches have. With the batches of :func:`faithful_batches`
             this is the authors' probe.
         seed: of dropout and of whatever is drawn.
@@ -525,12 +579,12 @@ def probe_all(
         By method, Scores: layers, modules, and in ``meta``: model, dtype, device, batches, tokens, labelled_tokens,
         seconds (of all methods together), loss (mean), faithful, exact, stability (mean rank correlation between single
         batches' scores), head (why the plain head was used, or None), experts (by expert parameter, the sums of
-        gradient norms for each expert), peak_memory_bytes (of the process, or of the device), rank ("energy" and
-        "hybrid").
+        gradient norms for each expert, zero without a backward pass), peak_memory_bytes (of the process, or of the
+        device), rank ("energy" and "hybrid"), pooling and samples ("cka").
 
     Raises:
         UserError: no known list of layers, no batches or labels, no methods or an unknown one, a gradient that is not
-            finite.
+            finite, fewer than three examples for "cka".
         NonFiniteLoss: a loss that is not finite; ``step`` is the batch, counted from 1.
     """
     for method in methods:
@@ -550,8 +604,11 @@ def probe_all(
     layer_of = {name: int(name.removeprefix(f"{layers.path}.").split(".")[0]) for name in parameters}
     modules = _modules(model, parameters, layer_of)
     weights = {name: parameters[name] for name, _ in modules.values()}
-    collectors = _collectors(methods, weights, layer_of, len(layers.layers), rank, seed)
-    observers = [each for each in collectors.values() if isinstance(each, GradientObserver)]
+    collectors = _collectors(methods, weights, layer_of, len(layers.layers), rank, pooling, seed)
+    gradients = [each for each in collectors.values() if isinstance(each, GradientObserver)]
+    forward = [each for each in collectors.values() if isinstance(each, ForwardObserver)]
+    # Without parameters to account for there is nothing to differentiate: the pass ends with the loss.
+    accounted = {} if len(forward) == len(collectors) else parameters
     sketch = None if exact else _Sketch(sketch_columns, seed)
     device = next(bare.parameters()).device
     experts: dict[str, list[float]] = {
@@ -566,7 +623,8 @@ def probe_all(
             wrapper: Any = model
             stack.enter_context(wrapper.disable_adapter())
         head = stack.enter_context(labelled_head(bare))
-        passes = stack.enter_context(_Pass(bare, parameters, sketch, observers))
+        stack.enter_context(_seen_forward(bare, modules, forward))
+        passes = stack.enter_context(_Pass(bare, accounted, sketch, gradients, forward))
         for number, given in enumerate(batches, start=1):
             batch = {
                 key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()
@@ -628,6 +686,7 @@ def _collectors(
     layer_of: Mapping[str, int],
     num_layers: int,
     rank: int,
+    pooling: Pooling,
     seed: int,
 ) -> dict[str, Collector]:
     """A collector for every method, and for those that they build on."""
@@ -642,6 +701,11 @@ def _collectors(
         made["energy"] = energy = Energy(weights, layer_of, num_layers, rank, seed)
     if "hybrid" in methods:
         made["hybrid"] = Hybrid(saliency, energy, layer_of, num_layers)
+    if "activation" in methods:
+        linear = [name for name, weight in weights.items() if weight.dim() == 2]
+        made["activation"] = Activation(linear, num_layers)
+    if "cka" in methods:
+        made["cka"] = Cka({name: layer_of[name] for name in weights}, num_layers, pooling)
     return made
 
 

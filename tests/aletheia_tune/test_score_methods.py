@@ -17,6 +17,7 @@ from aletheia_tune.scores.energy import Energy
 from aletheia_tune.scores.gradient import ranks, spearman
 from aletheia_tune.scores.saliency import Saliency
 from tests.probe_case import (
+    bert,
     build,
     gpt2,
     hidden_uses,
@@ -139,7 +140,7 @@ def test_all_energy_is_inside_the_rank_of_the_whole_gradient(builder):
 
 def test_one_method_alone_scores_as_it_does_among_the_others():
     model = build(llama)
-    batches = some_batches(model)
+    batches = longer_batches(4, 2)
     every = probe_all(model, batches)
     assert list(every) == list(METHODS)
     for method, together in every.items():
@@ -241,3 +242,183 @@ def test_a_plan_from_a_controls_scores_is_the_controls_choice(control, layers, s
 def test_an_unknown_control_is_refused():
     with pytest.raises(UserError, match="control 'best' is unknown"):
         control_scores(Scores("aletheia", (1.0,), {}, "layers"), "best", 1)
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """The states under the first layer and above each of them, before the final norm, by transformers' own account."""
+    base = model.base_model
+    for norm in ("norm", "ln_f", "final_layer_norm"):
+        if hasattr(base, norm):
+            setattr(base, norm, nn.Identity())
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    model.config._experts_implementation = "eager"
+    with torch.no_grad():
+        return list(base(**inputs, output_hidden_states=True).hidden_states)
+
+
+def naive_cka(x: Tensor, y: Tensor) -> float:
+    x, y = x - x.mean(0), y - y.mean(0)
+    # Where all examples end in one token, x under layer 0 is the same for all: 0 / 0 counts as unlike.
+    return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-12)).item()
+
+
+def longer_batches(rows: int, count: int = 3) -> list[dict[str, Tensor]]:
+    """Batches of ``rows`` examples of unequal lengths, padded on the right, that all end in tokens 5 and 7."""
+    generator = torch.Generator().manual_seed(4)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(8, 90, (rows, 11), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(rows):
+            end = 11 - row % 4
+            ids[row, end - 2 : end] = torch.tensor([5, 7])
+            ids[row, end:], mask[row, end:] = 0, 0
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return batches
+
+
+# hidden_uses runs the first forward pass twice: nothing may be counted twice.
+@pytest.mark.parametrize("methods", [("cka", "activation"), ("cka", "activation", "aletheia")])
+@pytest.mark.parametrize("builder", [*MODELS, bert], ids=lambda builder: builder.__name__)
+def test_forward_scores_are_those_of_the_hidden_states(builder, methods):
+    model = build(builder).double()
+    batches = longer_batches(4)
+    if builder is bert:
+        batches = [{**batch, "labels": torch.arange(4) % 3} for batch in batches]
+    inputs: dict[str, list[Tensor]] = {}
+    every = probe_all(model, batches, methods)
+    assert every["cka"].meta["samples"] == 12
+    weight = weights_of(every["cka"], model)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.setdefault(weight[name], []).append(args[0].detach())
+        )
+        for name in every["activation"].modules
+    ]
+    states = [hidden_states(model, batch) for batch in batches]
+    for handle in handles:
+        handle.remove()
+    masks = [batch["attention_mask"].bool() for batch in batches]
+
+    by_batch = [
+        [state[mask].norm(dim=-1).mean().item() for state in per_batch[1:]]
+        for per_batch, mask in zip(states, masks, strict=True)
+    ]
+    # Batches have equally many tokens, so the mean over all tokens is the mean over batches.
+    assert list(every["activation"].layers) == pytest.approx(
+        [sum(v) / 3 for v in zip(*by_batch, strict=True)]
+    )
+    assert every["activation"].meta["stability"] == pytest.approx(naive_stability(by_batch))
+    for name, module in every["activation"].modules.items():
+        norms = [
+            x.norm(dim=-1).flatten()[masks[0].flatten()] if x[..., 0].numel() == 44 else x.norm(dim=-1)
+            for x in inputs[weight[name]]
+        ]
+        assert module.score == pytest.approx(torch.cat([n.flatten() for n in norms]).mean().item()), name
+    assert every["cka"].modules.keys() - every["activation"].modules.keys() == {
+        name for name in every["cka"].modules if name in weight.values()
+    }, "experts alone have no activation norm"
+
+    last = [mask.sum(1) - 1 for mask in masks]
+    pooled = [
+        [state[torch.arange(4), at] for state in per_batch]
+        for per_batch, at in zip(states, last, strict=True)
+    ]
+    of_all = [torch.cat(states) for states in zip(*pooled, strict=True)]
+    expected = [1 - naive_cka(x, y) for x, y in itertools.pairwise(of_all)]
+    assert list(every["cka"].layers) == pytest.approx(expected, abs=1e-9)
+    for name, module in every["cka"].modules.items():
+        assert module.score == every["cka"].layers[layer_of(weight[name], model)]
+    assert every["cka"].meta["pooling"] == "last"
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_cka_pools_content_or_means(padding):
+    model = build(gpt2).double()
+    batches = longer_batches(5)
+    if padding == "left":
+        for batch in batches:
+            for row, key in itertools.product(range(5), batch):
+                batch[key][row] = batch[key][row].roll(row % 4)
+    states = [hidden_states(model, batch) for batch in batches]
+    ends = [batch["attention_mask"].cumsum(1).argmax(1) for batch in batches]
+    rows = torch.arange(5)
+    pools = {
+        "last": lambda state, batch, end: state[rows, end],
+        "last-content": lambda state, batch, end: state[rows, end - 2],
+        "mean": lambda state, batch, end: torch.stack(
+            [s[m.bool()].mean(0) for s, m in zip(state, batch["attention_mask"], strict=True)]
+        ),
+    }
+    found = {}
+    for pooling, pool in pools.items():
+        scores = probe(model, batches, method="cka", pooling=pooling)
+        pooled = [
+            [pool(state, batch, end) for state in per_batch]
+            for per_batch, batch, end in zip(states, batches, ends, strict=True)
+        ]
+        changes = [[1 - naive_cka(x, y) for x, y in itertools.pairwise(each)] for each in pooled]
+        of_all = [torch.cat(each) for each in zip(*pooled, strict=True)]
+        expected = [1 - naive_cka(x, y) for x, y in itertools.pairwise(of_all)]
+        assert list(scores.layers) == pytest.approx(expected, abs=1e-9)
+        assert scores.meta["stability"] == pytest.approx(naive_stability(changes))
+        found[pooling] = scores.layers
+    assert len(set(found.values())) == 3
+
+
+def test_activation_and_cka_alone_differentiate_nothing():
+    model = build(llama)
+    differentiated = []
+    handle = model.model.norm.register_forward_hook(
+        lambda module, args, out: differentiated.append(out.requires_grad)
+    )
+    probe_all(model, longer_batches(3), ("activation", "cka"))
+    assert differentiated
+    assert not any(differentiated)
+    probe(model, longer_batches(3), method="aletheia")
+    assert any(differentiated)
+    handle.remove()
+
+
+def test_batches_of_two_have_scores_but_no_stability_of_cka():
+    assert probe(build(llama), some_batches(build(llama), 3), method="cka").meta["stability"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("builder", [gpt2, mixtral], ids=lambda builder: builder.__name__)
+def test_no_method_leaves_a_trace(builder, method):
+    model = build(builder).eval()
+    batches = some_batches(model)
+    model(**batches[0])
+
+    def hooks() -> list:
+        return [
+            (name, len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
+            for name, module in model.named_modules()
+        ]
+
+    before = hooks()
+    values = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    batches.append({**batches[0], "attention_mask": torch.ones(3, 5)})  # fits nothing: the third pass fails
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        probe(model, batches, method=method)
+    assert hooks() == before
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, values[name])
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+
+
+def test_what_cka_cannot_tell_is_refused():
+    model = build(llama)
+    batches = some_batches(model)
+    with pytest.raises(UserError, match="given 2 example"):
+        probe(model, batches[:1], method="cka")
+    with pytest.raises(UserError, match="pooling 'first' is not known"):
+        probe(model, batches, method="cka", pooling="first")
+    single = [{key: value[:1] for key, value in batch.items()} for batch in batches]
+    with pytest.raises(UserError, match="at least two a batch"):
+        probe(model, single, method="cka", pooling="last-content")
+    with pytest.raises(UserError, match=r"attention_mask has shape \[2, 1, 12, 12\]"):
+        probe(model, [{**batches[0], "attention_mask": torch.ones(2, 1, 12, 12)}], method="activation")

@@ -1,7 +1,8 @@
 """What the probe tells a score while it measures, and what it asks of it at the end.
 
 Every collector hears of each batch's squared gradient norms. One that needs more says so by its type: an observer of
-gradients is shown every weight's gradient, as the two factors whose product it is.
+gradients is shown every weight's gradient, as the two factors whose product it is; an observer of the forward pass what
+the layers put out and the linears take in.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from aletheia_tune.errors import UserError
 
 
 class Collector(ABC):
@@ -57,3 +61,35 @@ class GradientObserver(Protocol):
 
     def gradient(self, name: str, gradient: Tensor) -> None:
         """The whole gradient of a parameter that was not seen in products alone; dropped after this call."""
+
+
+@runtime_checkable
+class ForwardObserver(Protocol):
+    """Sees what flows forward. It needs no gradients: where all collectors are such, no backward pass is run."""
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """The forward pass of a batch begins, or begins again: what was seen since the last whole batch is void."""
+
+    def hidden(self, index: int, state: Tensor) -> None:
+        """The hidden states [batch, tokens, hidden] under layer ``index``, or at the end those above the last one.
+
+        As the layers hand them on: the norm that a model puts after its last layer is not in them.
+        """
+
+    def linear(self, name: str, x: Tensor) -> None:
+        """The input [..., in] of a linear, by the name of its weight."""
+
+
+def token_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Which tokens of a batch are no padding: bool [batch, tokens].
+
+    Raises:
+        UserError: an attention mask of another shape.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        first = next(value for value in batch.values() if isinstance(value, Tensor))
+        return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+    if mask.dim() != 2:
+        raise UserError(f"probe: attention_mask has shape {list(mask.shape)}; give one of [batch, tokens]")
+    return mask.bool()

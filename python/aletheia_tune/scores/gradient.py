@@ -31,9 +31,9 @@ class GradientScore(Collector):
 
     @staticmethod
     def _term(norm_sq: float) -> tuple[float, float]:
-        """What a squared norm adds to the score, and the derivative of that by the squared norm."""
+        """What a squared norm adds to the score, and the derivative of the squared norm by that."""
         norm = math.sqrt(max(norm_sq, 0.0))
-        return norm, 1.0 / (2.0 * norm) if norm > 0.0 else 0.0
+        return norm, 2.0 * norm
 
     def add_batch(self, norm_sq: Mapping[str, float], standard_error: Mapping[str, float]) -> None:
         """Adds one batch: squared gradient norms by parameter and, where they are estimates, their standard errors.
@@ -48,7 +48,8 @@ class GradientScore(Collector):
             layer = self._layer_of[name]
             self._by_parameter[name] += value
             layers[layer] += value
-            errors[layer] += standard_error.get(name, 0.0) * slope
+            if slope > 0.0:
+                errors[layer] += standard_error.get(name, 0.0) / slope
         self._by_batch.append(layers)
         self._variance = [total + error**2 for total, error in zip(self._variance, errors, strict=True)]
 
