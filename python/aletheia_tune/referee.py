@@ -58,12 +58,12 @@ class Contestant:
     recipe: Recipe
     config: TrainConfig
 
-    def arm(self, rate: float, seed: int, name: str | None = None, steps: int | None = None) -> Arm:
+    def arm(self, rate: float, seed: int, steps: int | None = None) -> Arm:
         """This contestant at a rate, with a seed, for its own number of steps or another."""
         config = dataclasses.replace(
             self.config, learning_rate=rate, seed=seed, steps=self.config.steps if steps is None else steps
         )
-        return Arm(name or self.name, self.recipe, not self.baseline, config)
+        return Arm(self.name, self.recipe, not self.baseline, config)
 
 
 @dataclass(frozen=True)
@@ -426,15 +426,11 @@ def referee(
         )
         results.append(result)
         races[str(seed)] = {"race": json.loads(result.to_json())}
-        objection = objection or _objection(task, result)
+        objection = _objection(task, result)
         if objection:
             break
-        equal = runs.race(
-            f"seed-{seed}-equal-time",
-            [
-                best.arm(chosen[best.name], seed, steps=_equal_time_steps(task, result, best)),
-            ],
-        )
+        steps = _equal_time_steps(task, result, best)
+        equal = runs.race(f"seed-{seed}-equal-time", [best.arm(chosen[best.name], seed, steps=steps)])
         races[str(seed)]["equal_time"] = json.loads(equal.to_json())
         for contestant in task.challengers:
             arms[contestant.name][str(seed)] = judge(task, result, equal, contestant.name)
@@ -458,9 +454,8 @@ def referee(
 
 def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> SeedVerdict:
     """One challenger against the baselines, from the race of one seed and the race at equal time."""
-    baselines = [_arm(result, contestant.name) for contestant in task.baselines]
-    best = min(baselines, key=_final_loss)
-    target, seconds = _final_loss(best), min(baseline.seconds for baseline in baselines)
+    best = min((_arm(result, baseline.name) for baseline in task.baselines), key=_final_loss)
+    target, seconds = _final_loss(best), _baseline_seconds(task, result)
     challenger = _arm(result, name)
     reached = next((record for record in challenger.training.evals if record.loss <= target), None)
     to_target = None if reached is None else challenger.start_seconds + reached.seconds
@@ -499,10 +494,14 @@ def _objection(task: RaceTask, result: RaceResult) -> str | None:
 
 def _equal_time_steps(task: RaceTask, result: RaceResult, contestant: Contestant) -> int:
     """Steps that fit in the baselines' time at the pace that the challenger showed beside them."""
-    seconds = min(_arm(result, baseline.name).seconds for baseline in task.baselines)
     challenger = _arm(result, contestant.name)
     pace = statistics.fmean(record.step_seconds for record in challenger.training.history)
-    return max(1, math.floor((seconds - challenger.start_seconds) / pace))
+    return max(1, math.floor((_baseline_seconds(task, result) - challenger.start_seconds) / pace))
+
+
+def _baseline_seconds(task: RaceTask, result: RaceResult) -> float:
+    """The shortest time that a baseline took for all its steps."""
+    return min(_arm(result, baseline.name).seconds for baseline in task.baselines)
 
 
 def _costs(results: Sequence[RaceResult]) -> dict[str, dict[str, float]]:
