@@ -56,6 +56,29 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Method(StrEnum):
+    aletheia = "aletheia"
+    fisher = "fisher"
+    saliency = "saliency"
+    energy = "energy"
+    hybrid = "hybrid"
+    activation = "activation"
+    cka = "cka"
+
+
+class Pooling(StrEnum):
+    last = "last"
+    last_content = "last-content"
+    mean = "mean"
+
+
+class Control(StrEnum):
+    top = "top"
+    bottom = "bottom"
+    spaced = "spaced"
+    random = "random"
+
+
 class Ranks(StrEnum):
     uniform = "uniform"
     by_type = "by-type"
@@ -132,6 +155,17 @@ def probe(
     model: Model,
     train: Train,
     out: OutFile,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="aletheia: gradient norms, as published; fisher: their squares; saliency: |W * G|; energy: share of "
+            "the gradient inside rank 16; hybrid: saliency x share outside it; activation, cka: of the layers' "
+            "outputs, without a backward pass."
+        ),
+    ] = Method.aletheia,
+    pooling: Annotated[
+        Pooling, typer.Option(help="Token that stands for an example (cka).")
+    ] = Pooling.last,
     faithful: Annotated[
         bool,
         typer.Option("--faithful", help="The published sampling: batch 1, seed 42, loss on every token."),
@@ -150,7 +184,7 @@ def probe(
     messages_field: MessagesField = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score every layer by the gradients of a few batches.
+    """Score every layer by what a few batches say: their gradients, or what passes through it.
 
     Example: [bold]aletheia probe --model ./my-model --train train.jsonl --out scores.json[/bold]
     """
@@ -168,7 +202,15 @@ def probe(
         chosen = faithful_batches(examples)
     else:
         chosen = collated_batches(examples, batch_size, pad_token_id(tokenizer), seed=seed, count=batches)
-    scores = run_probe(loaded, chosen, exact=not sketch, faithful=faithful, seed=seed)
+    scores = run_probe(
+        loaded,
+        chosen,
+        method=method.value,
+        exact=not sketch,
+        pooling=pooling.value,
+        faithful=faithful,
+        seed=seed,
+    )
     files.write_text(out, scores.to_json(), overwrite)
     print(f"scores of {len(scores.layers)} layers: {out}; next: aletheia plan --scores {out} --out plan.json")
 
@@ -180,6 +222,13 @@ def plan(
     layers: Annotated[
         str | None, typer.Option(help="Share of the layers to adapt, those of highest score (50%).")
     ] = None,
+    control: Annotated[
+        Control | None,
+        typer.Option(
+            help="Choose as many layers without the scores, to compare with: top is nearest to the loss."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of --control random.")] = 0,
     ranks: Annotated[
         Ranks,
         typer.Option(
@@ -235,10 +284,11 @@ def plan(
         )
     if not timed and (calibration is not None or frontier is not None):
         raise UserError("--calibration and --frontier go with a time budget: give --budget like 60%")
-    if timed and (ranks is not Ranks.uniform or targets or alpha is not None or rslora or layers is not None):
+    chosen_elsewhere = (layers, control, targets, alpha)
+    if timed and (ranks is not Ranks.uniform or rslora or any(one is not None for one in chosen_elsewhere)):
         raise UserError(
-            "--budget in percent chooses layers, modules and ranks: drop --layers, --ranks, --targets, --alpha "
-            "and --rslora"
+            "--budget in percent chooses layers, modules and ranks: drop --layers, --control, --ranks, --targets, "
+            "--alpha and --rslora"
         )
     if frontier is not None:
         files.check_output(frontier, overwrite, directory=False)
@@ -265,6 +315,8 @@ def plan(
         made = make_plan(
             read,
             layers=_percent(layers or "50%", "--layers"),
+            control=control,
+            seed=seed,
             ranks=ranks.value,
             rank=rank,
             attention_rank=attention_rank,

@@ -10,7 +10,7 @@ import re
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from aletheia_tune.layers import (
     linear_modules,
     linear_shape,
 )
+from aletheia_tune.scores.controls import control_layers
 
 if TYPE_CHECKING:
     from aletheia_tune.scores import Scores
@@ -97,20 +98,6 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """The indices of the layers with at least one adapter, ascending."""
         return tuple(sorted({index for index, _ in self._by_layer()}))
-
-    def only_layers(self, layers: Iterable[int]) -> Plan:
-        """The same adapters on these layers alone.
-
-        Raises:
-            UserError: the plan adapts nothing in them.
-        """
-        kept = set(layers)
-        modules = {
-            name: module
-            for name, module in self.modules.items()
-            if _layer_index(name, self.layer_path) in kept
-        }
-        return dataclasses.replace(self, modules=modules)
 
     def to_json(self) -> str:
         return (
@@ -308,6 +295,8 @@ def make_plan(
     scores: Scores,
     *,
     layers: float = 50,
+    control: str | None = None,
+    seed: int = 0,
     ranks: Ranks = "uniform",
     rank: int = 16,
     attention_rank: int = 16,
@@ -327,6 +316,9 @@ def make_plan(
         scores: of every layer, and of the modules that can be adapted; ``meta["experts"]`` has a list as long
             as the experts for each expert parameter.
         layers: the share of the layers to adapt, in percent, in (0, 100].
+        control: choose as many layers without looking at the scores, as one of `scores.controls.CONTROLS` does: what
+            a choice by scores has to beat.
+        seed: of the control "random".
         ranks: "uniform" (``rank``); "by-type" (``attention_rank``, ``mlp_rank``, and ``rank`` for what is
             neither); "by-score" (in proportion to each module's score; see `ranks_by_score`).
         budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would cost.
@@ -339,7 +331,7 @@ def make_plan(
     Raises:
         UserError: a share outside (0, 100], a rank or alpha of 0 or less, a rank above a module's in_features
             + out_features, a score that is not finite, a target that matches nothing, a budget that is too
-            small or given without "by-score".
+            small or given without "by-score", no such control.
     """
     _check_share(layers)
     for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
@@ -348,6 +340,8 @@ def make_plan(
     if budget is not None and ranks != "by-score":
         raise UserError(f"a parameter budget goes with ranks by-score, not {ranks}: drop one of the two")
     chosen = set(_highest(scores.layers, layers))
+    if control is not None:
+        chosen = set(control_layers(control, len(scores.layers), len(chosen), seed))
     names = _select(scores.modules, targets)
     modules = {name: scores.modules[name] for name in names if scores.modules[name].layer in chosen}
     if not modules:
@@ -382,6 +376,7 @@ def make_plan(
         dropout=dropout,
         meta={
             "method": scores.method,
+            "control": control,
             "model": scores.meta.get("model"),
             "share": layers,
             "ranks": ranks,
@@ -405,6 +400,7 @@ def uniform_plan(
     *,
     rank: int = 16,
     alpha: float = 32,
+    layers: Collection[int] | None = None,
     targets: Sequence[str] | None = None,
     dropout: float = 0.0,
 ) -> Plan:
@@ -412,27 +408,30 @@ def uniform_plan(
 
     Args:
         model: bare or adapted.
+        layers: indices of the layers to adapt; by default all.
         targets: as in `make_plan`; by default every linear and expert parameter of the layers.
 
     Raises:
         UserError: a model without a known list of layers, a rank or alpha of 0 or less, a rank above a
-            module's in_features + out_features, a target that matches nothing.
+            module's in_features + out_features, a target that matches nothing, no module in the layers.
     """
-    layers = find_layers(model)
+    found = find_layers(model)
+    chosen = range(len(found.layers)) if layers is None else layers
     experts = [
         f"{name}.{parameter_name}"
         for name, module in _bare_modules(model).items()
-        if _layer_index(f"{name}.", layers.path) is not None
+        if _layer_index(f"{name}.", found.path) is not None
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     ]
     names = _select([*(module.name for module in linear_modules(model)), *experts], targets)
+    names = [name for name in names if _layer_index(name, found.path) in chosen]
     plan = Plan(
         {name: ModulePlan(rank, alpha) for name in names},
-        num_layers=len(layers.layers),
-        layer_path=layers.path,
+        num_layers=len(found.layers),
+        layer_path=found.path,
         dropout=dropout,
-        meta={"ranks": "uniform", "share": 100},
+        meta={"ranks": "uniform", "share": 100 * len(chosen) / len(found.layers)},
     )
     for name, shape in _shapes(model, names).items():
         _check_rank(name, rank, shape)

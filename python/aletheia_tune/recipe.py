@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.errors import UserError
+from aletheia_tune.layers import find_layers
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
-from aletheia_tune.scores.controls import CONTROLS
+from aletheia_tune.scores.controls import CONTROLS, control_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,12 +70,12 @@ class Recipe:
             UserError: as `probe` and `make_plan` raise it.
         """
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        everywhere = uniform_plan(model, rank=self.rank, alpha=alpha, targets=self.targets)
-        if self.score == UNIFORM:
-            return everywhere
-        if self.score in CONTROLS:
-            count = share_of_layers(everywhere.num_layers, self.layers)
-            return everywhere.only_layers(CONTROLS[self.score](everywhere.num_layers, count, seed))
+        if self.score == UNIFORM or self.score in CONTROLS:
+            layers = None
+            if self.score in CONTROLS:
+                total = len(find_layers(model).layers)
+                layers = control_layers(self.score, total, share_of_layers(total, self.layers), seed)
+            return uniform_plan(model, rank=self.rank, alpha=alpha, layers=layers, targets=self.targets)
         scores = probe(
             model,
             batches(

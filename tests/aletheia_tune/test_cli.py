@@ -12,7 +12,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import psutil
 import pytest
@@ -22,7 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from aletheia_tune import cli
 from aletheia_tune.plan import ModulePlan, Plan
+from aletheia_tune.probe import METHODS
 from aletheia_tune.scores import ModuleScore, Scores
+from aletheia_tune.scores.cka import Pooling
+from aletheia_tune.scores.controls import CONTROLS
 
 COMMANDS = ["probe", "cost", "plan", "train", "compare", "race", "doctor"]
 
@@ -153,6 +156,38 @@ def test_probe_switches(run, tiny_model_dir, train_file, tmp_path, switch):
     ran = run("probe", "--model", tiny_model_dir, "--train", train_file, "--out", out, switch)
     assert ran.code == 0, ran
     assert all(score > 0 for score in Scores.from_json(out.read_text()).layers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_scores_that_plan_takes(run, tiny_model_dir, train_file, tmp_path, method):
+    out, plan = tmp_path / "scores.json", tmp_path / "plan.json"
+    arguments = ("--model", tiny_model_dir, "--train", train_file, "--out", out, "--method", method)
+    ran = run("probe", *arguments, "--pooling", "mean")
+    assert ran.code == 0, ran
+    scores = Scores.from_json(out.read_text())
+    assert scores.method == method
+    assert scores.meta.get("pooling") == ("mean" if method == "cka" else None)
+    assert run("plan", "--scores", out, "--out", plan).code == 0
+    assert len(Plan.from_json(plan.read_text()).layers) == 2
+
+
+def test_the_command_line_offers_every_method_pooling_and_control():
+    assert [method.value for method in cli.Method] == list(METHODS)
+    assert [pooling.value for pooling in cli.Pooling] == list(get_args(Pooling))
+    assert [control.value for control in cli.Control] == list(CONTROLS)
+
+
+def test_a_control_chooses_as_many_layers_without_the_scores(run, scores_file, tmp_path):
+    out = tmp_path / "plan.json"
+    assert run("plan", "--scores", scores_file, "--out", out, "--control", "bottom").code == 0
+    assert Plan.from_json(out.read_text()).layers == (0, 1)
+    drawn = []
+    for seed in range(6):
+        arguments = ("--control", "random", "--seed", seed, "--overwrite")
+        assert run("plan", "--scores", scores_file, "--out", out, *arguments).code == 0
+        drawn.append(Plan.from_json(out.read_text()).layers)
+    assert {len(layers) for layers in drawn} == {2}
+    assert len(set(drawn)) > 1
 
 
 def test_plan_switches_reach_the_plan(run, scores_file, tmp_path):

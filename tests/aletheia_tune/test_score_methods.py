@@ -12,7 +12,7 @@ from aletheia_tune.errors import UserError
 from aletheia_tune.plan import make_plan, share_of_layers
 from aletheia_tune.probe import METHODS, probe, probe_all
 from aletheia_tune.scores import ModuleScore, Scores
-from aletheia_tune.scores.controls import CONTROLS, control_scores
+from aletheia_tune.scores.controls import CONTROLS, control_layers
 from aletheia_tune.scores.energy import Energy
 from aletheia_tune.scores.gradient import ranks, spearman
 from aletheia_tune.scores.saliency import Saliency
@@ -225,23 +225,20 @@ def test_what_cannot_be_meant_is_refused():
 @pytest.mark.parametrize("layers", [1, 2, 7, 12])
 @pytest.mark.parametrize("share", [5, 25, 50, 100])
 @pytest.mark.parametrize("control", list(CONTROLS))
-def test_a_plan_from_a_controls_scores_is_the_controls_choice(control, layers, share):
+def test_a_plan_by_a_control_has_the_controls_layers(control, layers, share):
     names = [f"model.layers.{index}.mlp.up_proj" for index in range(layers)]
     modules = {name: ModuleScore(index, 2.0 + index, 8, 16, "mlp") for index, name in enumerate(names)}
-    given = Scores(
-        "aletheia", tuple(2.0 + i for i in range(layers)), modules, "model.layers", {"stability": 0.5}
-    )
-    count = share_of_layers(layers, share)
-    scores = control_scores(given, control, count, seed=3)
-    assert make_plan(scores, layers=share).layers == tuple(CONTROLS[control](layers, count, 3))
-    assert scores.method == control
-    assert scores.meta["stability"] is None
-    assert all(module.score == scores.layers[module.layer] for module in scores.modules.values())
+    given = Scores("aletheia", tuple(2.0 + i for i in range(layers)), modules, "model.layers")
+    chosen = control_layers(control, layers, share_of_layers(layers, share), seed=3)
+    plan = make_plan(given, layers=share, control=control, seed=3)
+    assert plan.layers == chosen
+    assert len(chosen) == len(set(chosen)) == share_of_layers(layers, share)
+    assert plan.meta["control"] == control
 
 
 def test_an_unknown_control_is_refused():
     with pytest.raises(UserError, match="control 'best' is unknown"):
-        control_scores(Scores("aletheia", (1.0,), {}, "layers"), "best", 1)
+        control_layers("best", 4, 1)
 
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from aletheia_tune.errors import UserError
-from aletheia_tune.scores import Scores
 
 
 def top(num_layers: int, count: int, seed: int = 0) -> tuple[int, ...]:
@@ -38,13 +36,13 @@ CONTROLS: dict[str, Callable[[int, int, int], Sequence[int]]] = {
 }
 
 
-def control_scores(scores: Scores, control: str, count: int, seed: int = 0) -> Scores:
-    """Scores of the same model that rank a control's choice first: 1 for its layers and all in them, 0 for the others.
+def control_layers(control: str, num_layers: int, count: int, seed: int = 0) -> tuple[int, ...]:
+    """The indices of the `count` layers that a control chooses, ascending.
 
     Args:
-        scores: of the model; which method made them does not matter.
         control: one of `CONTROLS`.
-        count: how many layers a plan will choose, at least 1 and at most all.
+        num_layers: layers of the model.
+        count: how many to choose, at least 1 and at most all.
         seed: of "random".
 
     Raises:
@@ -52,14 +50,4 @@ def control_scores(scores: Scores, control: str, count: int, seed: int = 0) -> S
     """
     if control not in CONTROLS:
         raise UserError(f"control {control!r} is unknown: choose one of {', '.join(CONTROLS)}")
-    chosen = set(CONTROLS[control](len(scores.layers), count, seed))
-    return replace(
-        scores,
-        method=control,
-        layers=tuple(float(layer in chosen) for layer in range(len(scores.layers))),
-        modules={
-            name: replace(module, score=float(module.layer in chosen))
-            for name, module in scores.modules.items()
-        },
-        meta={**scores.meta, "stability": None},
-    )
+    return tuple(CONTROLS[control](num_layers, count, seed))
