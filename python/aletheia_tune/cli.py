@@ -163,9 +163,7 @@ def probe(
             "outputs, without a backward pass."
         ),
     ] = Method.aletheia,
-    pooling: Annotated[
-        Pooling, typer.Option(help="Token that stands for an example (cka).")
-    ] = Pooling.last,
+    pooling: Annotated[Pooling, typer.Option(help="Token that stands for an example (cka).")] = Pooling.last,
     faithful: Annotated[
         bool,
         typer.Option("--faithful", help="The published sampling: batch 1, seed 42, loss on every token."),

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -424,18 +424,16 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
     finished: dict[int, dict[str, Any]] = {}
     running: dict[int, tuple[SpawnProcess, Connection]] = {}
     try:
-        for index, task in enumerate(tasks):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_run_arm, args=(task, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            running[index] = (process, ours)
         with _scoreboard([task.arm.name for task in tasks], show) as update:
-            while running:
-                for index in list(running):
+            while len(finished) < len(tasks):
+                for index, task in enumerate(tasks):
+                    if index in finished:
+                        continue
+                    if index not in running:
+                        # Not before its turn: to import all that it needs would be to compute beside another arm.
+                        running[index] = _start(context, task)
                     process, pipe = running[index]
-                    name = tasks[index].arm.name
-                    message = _turn(name, process, pipe)
+                    message = _turn(task.arm.name, process, pipe)
                     if message[0] == "turn":
                         update(index, *message[1:])
                     elif message[0] == "done":
@@ -443,7 +441,7 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
                         process.join()
                         del running[index]
                     else:
-                        _raise(name, *message[1:])
+                        _raise(task.arm.name, *message[1:])
     finally:
         for process, pipe in running.values():
             process.terminate()
@@ -454,6 +452,15 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
                 process.kill()
                 process.join()
     return [finished[index] for index in range(len(tasks))]
+
+
+def _start(context: SpawnContext, task: _Task) -> tuple[SpawnProcess, Connection]:
+    """A process for an arm, which waits for the baton."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_arm, args=(task, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def _turn(name: str, process: SpawnProcess, pipe: Connection) -> Any:

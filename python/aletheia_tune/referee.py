@@ -38,6 +38,8 @@ from aletheia_tune.train import TrainConfig
 LEARNED = 0.05
 # Times that a grid may grow by one rate at an edge before the search gives up.
 WIDENINGS = 6
+# Of the run at equal time, for its curve.
+EQUAL_TIME_EVALUATIONS = 5
 STATE = "task.json"
 VERDICT = "verdict.json"
 
@@ -273,6 +275,8 @@ class SeedVerdict:
         forgetting: other text's perplexity after the run that reached the target, over that before; None without text.
         baseline_forgetting: the same of the baseline that set the target.
         start_seconds: of `seconds_to_target`, what passed before the first step.
+        ratio_after_first_step: the ratio of both times without either arm's first step, which also warms the process
+            up: what a longer run tends to.
     """
 
     ratio_time_to_target: float | None
@@ -285,6 +289,7 @@ class SeedVerdict:
     forgetting: float | None
     baseline_forgetting: float | None
     start_seconds: float
+    ratio_after_first_step: float | None
 
 
 @dataclass(frozen=True)
@@ -430,7 +435,7 @@ def referee(
         if objection:
             break
         steps = _equal_time_steps(task, result, best)
-        equal = runs.race(f"seed-{seed}-equal-time", [best.arm(chosen[best.name], seed, steps=steps)])
+        equal = runs.race(f"seed-{seed}-equal-time", [_equal_time_arm(best, chosen[best.name], seed, steps)])
         races[str(seed)]["equal_time"] = json.loads(equal.to_json())
         for contestant in task.challengers:
             arms[contestant.name][str(seed)] = judge(task, result, equal, contestant.name)
@@ -455,10 +460,11 @@ def referee(
 def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> SeedVerdict:
     """One challenger against the baselines, from the race of one seed and the race at equal time."""
     best = min((_arm(result, baseline.name) for baseline in task.baselines), key=_final_loss)
-    target, seconds = _final_loss(best), _baseline_seconds(task, result)
+    target, seconds = _final_loss(best), _fastest(task, result).seconds
     challenger = _arm(result, name)
     reached = next((record for record in challenger.training.evals if record.loss <= target), None)
     to_target = None if reached is None else challenger.start_seconds + reached.seconds
+    warm = seconds - _fastest(task, result).training.history[0].step_seconds
     steps = best.training.history[-1].step
     same_steps = [record.loss for record in challenger.training.evals if record.step == steps]
     return SeedVerdict(
@@ -472,6 +478,9 @@ def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> S
         forgetting=_forgetting(challenger),
         baseline_forgetting=_forgetting(best),
         start_seconds=challenger.start_seconds,
+        ratio_after_first_step=None
+        if to_target is None
+        else (to_target - challenger.training.history[0].step_seconds) / warm,
     )
 
 
@@ -492,16 +501,24 @@ def _objection(task: RaceTask, result: RaceResult) -> str | None:
     return None
 
 
+def _equal_time_arm(contestant: Contestant, rate: float, seed: int, steps: int) -> Arm:
+    """The contestant for so many steps, evaluated a few times on the way: its end is what is judged."""
+    arm = contestant.arm(rate, seed, steps=steps)
+    assert arm.config is not None
+    every = max(arm.config.eval_every or steps, math.ceil(steps / EQUAL_TIME_EVALUATIONS))
+    return dataclasses.replace(arm, config=dataclasses.replace(arm.config, eval_every=every))
+
+
 def _equal_time_steps(task: RaceTask, result: RaceResult, contestant: Contestant) -> int:
     """Steps that fit in the baselines' time at the pace that the challenger showed beside them."""
     challenger = _arm(result, contestant.name)
     pace = statistics.fmean(record.step_seconds for record in challenger.training.history)
-    return max(1, math.floor((_baseline_seconds(task, result) - challenger.start_seconds) / pace))
+    return max(1, math.floor((_fastest(task, result).seconds - challenger.start_seconds) / pace))
 
 
-def _baseline_seconds(task: RaceTask, result: RaceResult) -> float:
-    """The shortest time that a baseline took for all its steps."""
-    return min(_arm(result, baseline.name).seconds for baseline in task.baselines)
+def _fastest(task: RaceTask, result: RaceResult) -> ArmResult:
+    """The baseline that took the shortest time for all its steps."""
+    return min((_arm(result, baseline.name) for baseline in task.baselines), key=lambda arm: arm.seconds)
 
 
 def _costs(results: Sequence[RaceResult]) -> dict[str, dict[str, float]]:

@@ -235,15 +235,19 @@ def test_the_clock(task_file):
     assert kernels.baseline_seconds == 4.5
     assert kernels.seconds_to_target == 0.5 + 4 * 0.5
     assert kernels.ratio_time_to_target == pytest.approx(2.5 / 4.5)
+    assert kernels.ratio_after_first_step == pytest.approx(2.0 / 3.5)
     assert kernels.loss_equal_steps == 1.5
     assert kernels.forgetting == pytest.approx(1.1)
-    assert half.ratio_time_to_target is None
+    assert half.ratio_time_to_target is half.ratio_after_first_step is None
     assert half.loss_equal_time == 1.2
     assert kernels.loss_equal_time is None
     assert half.start_seconds == 3.5
     # 4.5 s less 3.5 s of probing and patching, at half a second a step.
     contestant = next(one for one in task.contestants if one.name == "half")
     assert referee_module._equal_time_steps(task, result, contestant) == 2
+    # Its end is what counts, so a long run at equal time is not evaluated as often as the race.
+    evaluated = [referee_module._equal_time_arm(contestant, 1e-3, 0, steps).config for steps in (2, 100)]
+    assert [config.eval_every for config in evaluated] == [contestant.config.eval_every, 20]
 
 
 def test_a_baseline_that_has_not_learned_sets_no_target(task_file):
