@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import statistics
 import xml.etree.ElementTree as ElementTree
 import zlib
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ _ROW_POINTS = 13.0
 # Marker colours, one per CSS variable: values that nothing else in a drawing has.
 _INK, _MUTED, _GRID, _CHOSEN, _REST, _CELL = (f"#0{i}0a0b" for i in range(6))
 _ARMS = tuple(f"#1{i}0a0b" for i in range(6))
+MOST_CURVES = len(_ARMS)
 CSS_VARIABLES: dict[str, str] = {
     _INK: "--ink",
     _MUTED: "--muted",
@@ -129,10 +131,15 @@ def rank_grid(ranks: dict[tuple[int, str], int], num_layers: int, *, label: str)
         return _inline_svg(figure, label)
 
 
-def loss_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, label: str) -> str:
-    """Lines of loss against ``x``, told apart by colour, dash and marker alike. At most six."""
-    if len(curves) > len(_ARMS):
-        raise ValueError(f"{len(curves)} curves in one figure; {len(_ARMS)} can be told apart")
+def loss_curves(
+    curves: Sequence[Curve], *, x_label: str, y_label: str, label: str, target: float | None = None
+) -> str:
+    """Lines of loss against ``x``, told apart by colour, dash and marker alike, and a level that they are to reach.
+
+    At most `MOST_CURVES`.
+    """
+    if len(curves) > MOST_CURVES:
+        raise ValueError(f"{len(curves)} curves in one figure; {MOST_CURVES} can be told apart")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
         axes = figure.subplots()
@@ -149,6 +156,8 @@ def loss_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, label: s
                 markersize=width + 3,
                 label=curve.name,
             )
+        if target is not None:
+            axes.axhline(target, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)), label="target")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -156,6 +165,26 @@ def loss_curves(curves: Sequence[Curve], *, x_label: str, y_label: str, label: s
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
         figure.legend(loc="outside upper left", ncols=1, fontsize=10, handlelength=3.2, borderaxespad=0)
+        return _inline_svg(figure, label)
+
+
+def loss_strips(rows: Sequence[tuple[str, Sequence[float]]], *, x_label: str, label: str) -> str:
+    """A row for each named arm, the first at the top, with a mark for each of its losses and a bar at their mean."""
+    with matplotlib.rc_context(_STYLE):
+        height = 0.26 * len(rows) + 0.7
+        figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+        axes = figure.subplots()
+        for row, (_, losses) in enumerate(rows):
+            axes.plot(losses, [row] * len(losses), color=_ARMS[2], marker="o", markersize=5, linestyle="none")
+            mean = statistics.fmean(losses)
+            axes.plot([mean, mean], [row - 0.32, row + 0.32], color=_ARMS[0], linewidth=2)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(x_label)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
         return _inline_svg(figure, label)
 
 

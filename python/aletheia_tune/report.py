@@ -97,7 +97,7 @@ def write_verdict(
         limits="One model, one task, one machine, and seeds that share the held-out examples on which rates were "
         "chosen. Time runs from before the probe; evaluation is in nobody's time.",
         table=verdict.cells(),
-        curves=_verdict_curves(verdict),
+        curves=_verdict_figures(verdict),
         layers=[],
         facts=[*verdict.machine.items(), ("rates tried, held-out loss at the end", rates)],
         commands=commands,
@@ -138,9 +138,29 @@ def _judgement(verdict: Verdict) -> str:
     return f"{first} Trained for the baselines' time it ended with a lower loss in {lower} of {len(seeds)} seeds."
 
 
-def _verdict_curves(verdict: Verdict) -> list[dict[str, str]]:
-    drawn = []
-    for seed, result in verdict.results().items():
+def _verdict_figures(verdict: Verdict) -> list[dict[str, str]]:
+    """Where every arm ended, then for each seed the way there of as many arms as can be told apart."""
+    results = verdict.results()
+    names = [arm.name for arm in next(iter(results.values())).arms]
+    ends = {
+        name: [
+            arm.training.evals[-1].loss
+            for result in results.values()
+            for arm in result.arms
+            if arm.name == name and arm.training.evals
+        ]
+        for name in names
+    }
+    rows = [(name, losses) for name, losses in ends.items() if losses]
+    words = "; ".join(f"{name}: {', '.join(f'{loss:.4f}' for loss in losses)}" for name, losses in rows)
+    strips = figures.loss_strips(
+        rows, x_label="held-out loss at the end (nats a token)", label=f"Held-out loss at the end. {words}."
+    )
+    drawn = [_figure(strips, "Every arm after all its steps: a mark for each seed, a bar at the mean.")]
+    shown = [name for name in names if name not in verdict.arms or name == verdict.recommended]
+    others = [name for name in names if name not in shown]
+    shown += others[: max(0, figures.MOST_CURVES - len(shown))]
+    for seed, result in results.items():
         curves = [
             figures.Curve(
                 arm.name,
@@ -148,13 +168,16 @@ def _verdict_curves(verdict: Verdict) -> list[dict[str, str]]:
                 [record.loss for record in arm.training.evals],
             )
             for arm in result.arms
+            if arm.name in shown[: figures.MOST_CURVES]
         ]
-        ends = "; ".join(f"{curve.name}: {curve.loss[-1]:.4f} after {curve.x[-1]:.0f} s" for curve in curves)
+        words = "; ".join(f"{curve.name}: {curve.loss[-1]:.4f} after {curve.x[-1]:.0f} s" for curve in curves)
+        verdicts = verdict.arms.get(verdict.recommended, {})
         svg = figures.loss_curves(
             curves,
             x_label="seconds, probe and patching included",
             y_label="held-out loss (nats a token)",
-            label=f"Held-out loss by time, seed {seed}. {ends}.",
+            label=f"Held-out loss by time, seed {seed}. {words}.",
+            target=verdicts[seed].target if seed in verdicts else None,
         )
         drawn.append(_figure(svg, f"Seed {seed}: held-out loss by time; evaluation is left out."))
     return drawn

@@ -101,7 +101,7 @@ def test_a_miniature_race(task_file, tmp_path):
     assert "Scores and plan" not in page
     assert f"{verdict.chosen['half']:g}" in page
     assert "half reached the target in" in page or "half did not reach the target with any of 1 seeds" in page
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2  # where the arms ended, and the way there
 
     # Nothing is run a second time.
     runs = {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
