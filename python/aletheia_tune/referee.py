@@ -414,8 +414,20 @@ def referee(
 
     Raises:
         UserError: the directory holds something else; an arm's best rate cannot be bracketed; an arm's error.
+        KeyboardInterrupt: with one line on what was kept as its message.
     """
     directory = _resume(task, Path(out), overwrite)
+    try:
+        verdict = _verdict(task, directory, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the runs that ended are in {directory}, and the same command goes on from them"
+        ) from None
+    files.write_text(directory / VERDICT, verdict.to_json(), overwrite=True)
+    return verdict
+
+
+def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
     runs = _Runs(task, directory, Console(stderr=True, quiet=not progress), progress)
     searches = {contestant.name: runs.search(contestant) for contestant in task.contestants}
     chosen = {name: min(losses, key=lambda rate: losses[rate]) for name, losses in searches.items()}
@@ -439,7 +451,7 @@ def referee(
         races[str(seed)]["equal_time"] = json.loads(equal.to_json())
         for contestant in task.challengers:
             arms[contestant.name][str(seed)] = judge(task, result, equal, contestant.name)
-    verdict = Verdict(
+    return Verdict(
         task=task.name,
         digest=task.digest(),
         rates={
@@ -453,8 +465,6 @@ def referee(
         machine={**dict(machine_facts()), **versions()},
         races=races,
     )
-    files.write_text(directory / VERDICT, verdict.to_json(), overwrite=True)
-    return verdict
 
 
 def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> SeedVerdict:

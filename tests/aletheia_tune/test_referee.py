@@ -115,6 +115,23 @@ def test_a_miniature_race(task_file, tmp_path):
     assert runs == {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
 
 
+def test_an_interrupt_says_what_is_kept(task_file, tmp_path, monkeypatch):
+    task = read_task(task_file)
+    real, begun = referee_module.race, []
+
+    def interrupted(arms, *arguments, **options):
+        begun.append(arms[0].name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return real(arms, *arguments, **options)
+
+    monkeypatch.setattr(referee_module, "race", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the runs that ended are in .*out"):
+        referee(task, tmp_path / "out", progress=False)
+    assert len(list((tmp_path / "out").glob("*/race.json"))) == 1
+    assert not (tmp_path / "out" / VERDICT).exists()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
