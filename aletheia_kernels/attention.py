@@ -121,8 +121,10 @@ def range_attention(
 
     Args:
         q: [batch, heads, queries, dim], floating.
-        k, v: [batch, key heads, keys, dim], q's dtype; heads is a multiple of key heads.
-        first, last: [batch, queries] int32, 0 ≤ first, last ≤ keys: the range that a query sees; empty gives zeros.
+        k: [batch, key heads, keys, dim], q's dtype; heads is a multiple of key heads.
+        v: of k's shape and dtype.
+        first: [batch, queries] int32, from 0 to keys: the first key that a query sees.
+        last: likewise, the key after the last one; a range that is empty gives zeros.
         scale: of the scores; 1/√dim by default.
 
     Returns:

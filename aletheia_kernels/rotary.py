@@ -104,8 +104,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Args:
         q: [batch, heads, tokens, dim], floating, of any strides.
         k: [batch, key heads, tokens, dim], likewise, in q's dtype.
-        cos, sin: [batch or 1, tokens, rotated], q's dtype or float32; rotated is even and at most dim, the features
-            after it stay as they are.
+        cos: [batch or 1, tokens, rotated], q's dtype or float32; rotated is even and at most dim, the features after
+            it stay as they are.
+        sin: of cos's shape and dtype.
 
     Returns:
         q and k turned, in their dtype (float32 inside, one rounding), their memory ordered [batch, tokens, heads, dim].

@@ -126,7 +126,7 @@ def test_an_interrupt_says_what_is_kept(task_file, tmp_path, monkeypatch):
         return real(arms, *arguments, **options)
 
     monkeypatch.setattr(referee_module, "race", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="the runs that ended are in .*out"):
+    with pytest.raises(KeyboardInterrupt, match="the runs that ended are in "):
         referee(task, tmp_path / "out", progress=False)
     assert len(list((tmp_path / "out").glob("*/race.json"))) == 1
     assert not (tmp_path / "out" / VERDICT).exists()

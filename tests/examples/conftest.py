@@ -1,8 +1,9 @@
-"""The examples as modules."""
+"""The examples as modules, and a directory with the names that the documents use."""
 
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,3 +21,15 @@ def demo() -> Iterator[ModuleType]:
         yield importlib.import_module("demo")
     finally:
         sys.path.remove(examples)
+
+
+@pytest.fixture
+def users_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, train_file: Path, eval_file: Path
+) -> Path:
+    """The working directory of a user: a model DIR, train.jsonl and eval.jsonl."""
+    (tmp_path / "DIR").symlink_to(tiny_model_dir)
+    shutil.copy(train_file, tmp_path / "train.jsonl")
+    shutil.copy(eval_file, tmp_path / "eval.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
-import pytest
 from peft import PeftConfig
 from typer.testing import CliRunner
 
 from aletheia_tune.cli import app
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def users_directory(tmp_path, monkeypatch, tiny_model_dir, train_file, eval_file) -> Path:
-    """A directory with the names that the README uses: a model DIR, train.jsonl and eval.jsonl."""
-    (tmp_path / "DIR").symlink_to(tiny_model_dir)
-    shutil.copy(train_file, tmp_path / "train.jsonl")
-    shutil.copy(eval_file, tmp_path / "eval.jsonl")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_the_python_example_saves_an_adapter(users_directory, capsys):

@@ -1,0 +1,60 @@
+"""What the pages show runs as it stands there, in its order; the pages build into a site without a warning."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from aletheia_tune.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+# Python, and plain blocks of `aletheia` commands. What is marked as sh is for a reader: it takes a machine or an hour.
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    found = FENCED.findall(page.read_text(encoding="utf-8"))
+    return [(language, block) for language, block in found if language in ("python", "")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_in_their_order(page, users_directory):
+    for language, block in blocks(page):
+        if language == "python":
+            exec(compile(block, page.name, "exec"), {"__name__": page.stem})
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "aletheia", line
+            finished = CliRunner().invoke(app, arguments)
+            assert finished.exit_code == 0, f"{line}\n{finished.output}"
+
+
+def test_there_are_blocks_to_run():
+    assert {language for page in PAGES for language, _ in blocks(page)} == {"python", ""}
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        place = page.relative_to(ROOT / "docs").with_suffix("")
+        built_page = tmp_path / "site" / ("" if place.name == "index" else place) / "index.html"
+        assert built_page.is_file(), page
+    reference = (tmp_path / "site" / "reference" / "operators" / "index.html").read_text(encoding="utf-8")
+    assert "Ranks may differ from projection to projection" in reference
