@@ -28,12 +28,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import aletheia_kernels
-from aletheia_tune.attention import kernel_attention
 from aletheia_tune.environment import versions
-from aletheia_tune.head import labelled_head
-from aletheia_tune.norms import kernel_norms
-from aletheia_tune.patch import apply_kernels
-from aletheia_tune.plan import Plan, uniform_plan
+from aletheia_tune.kernels import use_kernels
+from aletheia_tune.plan import uniform_plan
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
 
@@ -45,22 +42,13 @@ def trainer(
 ) -> tuple[Step, list[Tensor], PrefixCache | None]:
     """A step of the upper half's adapters, which gives its seconds; the adapters; the cache if a directory is given."""
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).train()
-    whole = uniform_plan(model, rank=RANK)
-    half = whole.num_layers // 2
-    upper = {
-        name: module
-        for name, module in whole.modules.items()
-        if int(name.removeprefix(f"{whole.layer_path}.").split(".")[0]) >= half
-    }
-    plan = Plan(upper, num_layers=whole.num_layers, layer_path=whole.layer_path)
+    layers = model.config.num_hidden_layers
+    plan = uniform_plan(model, rank=RANK, layers=range(layers // 2, layers))
     torch.manual_seed(0)
     model = get_peft_model(model, plan.to_lora_config(model))
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    apply_kernels(model, strict=True)
     cut = cut_prefix(model)
-    stack.enter_context(kernel_attention(model))
-    stack.enter_context(kernel_norms(model))
-    stack.enter_context(labelled_head(model))
+    stack.enter_context(use_kernels(model, strict=True))
     cache = None if directory is None else stack.enter_context(cache_prefix(model, cut, directory))
     optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=0.0, fused=True)
 

@@ -101,14 +101,14 @@ def hand_written(model: Any) -> None:
 def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The arm's model, ready to be called with a batch, and what it trains."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from aletheia_tune.attention import kernel_attention
     from aletheia_tune.gated_mlp import apply_gated_mlps
     from aletheia_tune.head import labelled_head
+    from aletheia_tune.kernels import use_kernels
     from aletheia_tune.norms import kernel_norms
-    from aletheia_tune.patch import apply_kernels
     from aletheia_tune.plan import make_plan, uniform_plan
     from aletheia_tune.prefix import cut_prefix
     from aletheia_tune.probe import probe
@@ -127,24 +127,17 @@ def prepare(arm: str, model_dir: str, stack: ExitStack, probe_batch: dict[str, A
     if arm == "ours_aletheia":
         plan = make_plan(probe(model, [probe_batch]), layers=50, rank=RANK)
     else:
-        plan = uniform_plan(model, rank=RANK)
-    config: LoraConfig = plan.to_lora_config(model)
-    if arm == "ours_upper_half":
         count = model.config.num_hidden_layers
-        config.target_modules = [
-            name for name in plan.modules if any(f".{i}." in name for i in range(count // 2, count))
-        ]
+        upper = range(count // 2, count) if arm == "ours_upper_half" else None
+        plan = uniform_plan(model, rank=RANK, layers=upper)
     torch.manual_seed(0)
-    model = get_peft_model(model, config, autocast_adapter_dtype=arm != "peft_bf16")
+    model = get_peft_model(model, plan.to_lora_config(model), autocast_adapter_dtype=arm != "peft_bf16")
     adapters = [p for p in model.parameters() if p.requires_grad]
     if arm == "naive":
         hand_written(model)
     if arm.startswith("ours"):
-        apply_kernels(model, strict=True)
         cut_prefix(model)
-        stack.enter_context(kernel_attention(model))
-        stack.enter_context(kernel_norms(model))
-        stack.enter_context(labelled_head(model))
+        stack.enter_context(use_kernels(model, strict=True))
     if arm == "peft_compiled":
         model = torch.compile(model)
     return model, adapters

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from aletheia_tune.budget import budget_plan, frontier
     from aletheia_tune.cost import Batch, Calibration, StepCost, calibrate, predict
     from aletheia_tune.data import Collator, Fields, load_examples
+    from aletheia_tune.kernels import KernelsInUse, use_kernels
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
@@ -34,6 +35,8 @@ _MODULE_OF = {
     "Collator": "data",
     "Fields": "data",
     "load_examples": "data",
+    "KernelsInUse": "kernels",
+    "use_kernels": "kernels",
     "PatchReport": "patch",
     "apply_kernels": "patch",
     "restore": "patch",
@@ -60,6 +63,7 @@ __all__ = [
     "Calibration",
     "Collator",
     "Fields",
+    "KernelsInUse",
     "ModulePlan",
     "ModuleScore",
     "NonFiniteLoss",
@@ -85,6 +89,7 @@ __all__ = [
     "predict",
     "restore",
     "uniform_plan",
+    "use_kernels",
 ]
 
 

@@ -105,6 +105,9 @@ class KernelAttention:
     active: bool
     reason: str = ""
 
+    def __str__(self) -> str:
+        return "operator" if self.active else f"the model's own: {self.reason}"
+
 
 @contextmanager
 def kernel_attention(model: nn.Module) -> Iterator[KernelAttention]:

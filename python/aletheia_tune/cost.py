@@ -35,13 +35,10 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from aletheia_tune.attention import kernel_attention
 from aletheia_tune.environment import versions
 from aletheia_tune.errors import UserError
-from aletheia_tune.head import labelled_head
+from aletheia_tune.kernels import use_kernels
 from aletheia_tune.layers import bare_model, find_layers, kind_of, linears
-from aletheia_tune.norms import kernel_norms
-from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.prefix import cut_prefix
 
@@ -476,11 +473,8 @@ class TimedPlan:
             self._model: Any = get_peft_model(twin, plan.to_lora_config(model))
         self._model.train()
         example = {name: tensor[:1, :16] for name, tensor in batch.items() if name != "labels"}
-        apply_kernels(self._model, example_inputs=example)
         undo.callback(cut_prefix(self._model).remove)
-        undo.enter_context(kernel_attention(self._model))
-        undo.enter_context(kernel_norms(self._model))
-        undo.enter_context(labelled_head(self._model))
+        undo.enter_context(use_kernels(self._model, example_inputs=example))
         self._batch = batch
         self._adapters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._frozen = {tensor.untyped_storage().data_ptr() for tensor in self._model.parameters()}

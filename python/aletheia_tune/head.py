@@ -34,6 +34,9 @@ class LabelledHead:
     active: bool
     reason: str | None = None
 
+    def __str__(self) -> str:
+        return "labelled rows" if self.active else f"all rows: {self.reason}"
+
 
 class _Head:
     """What passes between the head, which hands hidden states out, and the loss, which must get those very ones."""

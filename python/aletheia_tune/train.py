@@ -28,14 +28,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
-from aletheia_tune.attention import KernelAttention, kernel_attention
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
 from aletheia_tune.environment import peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
-from aletheia_tune.head import LabelledHead, labelled_head
-from aletheia_tune.norms import kernel_norms
+from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
-from aletheia_tune.patch import PatchReport, apply_kernels, restore
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
 from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
@@ -44,6 +41,7 @@ from aletheia_tune.start import gradient_start
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from aletheia_tune.patch import PatchReport
     from aletheia_tune.plan import Plan
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -440,10 +438,7 @@ def fine_tune(
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
-        report: PatchReport | None = None
-        head = LabelledHead(False, "kernels are off")
-        attention = KernelAttention(False, "kernels are off")
-        norms = "none: kernels are off"
+        kernels: KernelsInUse | None = None
         cut = cut_prefix(peft_model)
         cache: PrefixCache | None = None
         if config.init == "gradient":
@@ -452,12 +447,11 @@ def fine_tune(
             undo.callback(cut.remove)
             undo.callback(progress.close)
             if config.kernels:
-                report = _apply_kernels(run, train_examples)
-                undo.callback(restore, peft_model)
-                attention = undo.enter_context(kernel_attention(peft_model))
-                norms = str(undo.enter_context(kernel_norms(peft_model)))
-                head = undo.enter_context(labelled_head(peft_model, label_smoothing=config.label_smoothing))
-                if head.active:
+                small = _small_inputs(run, train_examples)
+                kernels = undo.enter_context(
+                    use_kernels(peft_model, example_inputs=small, label_smoothing=config.label_smoothing)
+                )
+                if kernels.head.active:
                     # The Trainer's own would keep the labels from the model and ask it for all logits.
                     trainer.label_smoother = None
             if config.packing:
@@ -479,10 +473,10 @@ def fine_tune(
             evals=tuple(run.evals),
             trainable_parameters=sum(parameter.numel() for parameter in run.adapters),
             peak_memory_mb=peak_memory_mb(next(peft_model.parameters()).device),
-            patch_report=None if report is None else _report_dict(report),
-            head="labelled rows" if head.active else f"all rows: {head.reason}",
-            attention="operator" if attention.active else f"the model's own: {attention.reason}",
-            norms=norms,
+            patch_report=None if kernels is None else _report_dict(kernels.patch),
+            head="all rows: kernels are off" if kernels is None else str(kernels.head),
+            attention="the model's own: kernels are off" if kernels is None else str(kernels.attention),
+            norms="none: kernels are off" if kernels is None else str(kernels.norms),
             prefix_layers=cut.lowest_layer or 0,
             prefix_cache=NO_PREFIX_CACHE if cache is None else str(cache),
             stopped=None if stop is None else str(stop),
@@ -761,13 +755,11 @@ def _trainer(
     return trainer
 
 
-def _apply_kernels(run: _Run, train_examples: Sequence[Example]) -> PatchReport:
+def _small_inputs(run: _Run, train_examples: Sequence[Example]) -> dict[str, Tensor]:
     batch = run.collator(list(train_examples[:1]))
     batch.pop("labels")
     device = next(run.model.parameters()).device
-    return apply_kernels(
-        run.model, example_inputs={name: tensor.to(device) for name, tensor in batch.items()}
-    )
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _report_dict(report: PatchReport) -> dict[str, Any]:
