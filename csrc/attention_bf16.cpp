@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "block_product.h"
 #include "operators.h"
@@ -200,6 +201,61 @@ struct Group {
   }
 };
 
+// Some queries in succession of one row of the batch, and the keys in succession that they and no others may see.
+struct Segment {
+  int64_t row, query, queries, key, keys;
+};
+
+// The batch as segments, with ranges counted from each segment's first key.
+struct Segments {
+  std::vector<Segment> all;
+  std::vector<int32_t> firsts, lasts;  // [batch, queries]
+  int64_t most_keys = 0;
+
+  // A row of the batch is cut where no later query sees a key of an earlier one: a packed row into its examples. Every
+  // key is in a segment, whether it is seen or not, since its gradient has to be written.
+  Segments(const at::Tensor& first, const at::Tensor& last, int64_t keys)
+      : firsts(first.const_data_ptr<int32_t>(), first.const_data_ptr<int32_t>() + first.numel()),
+        lasts(last.const_data_ptr<int32_t>(), last.const_data_ptr<int32_t>() + last.numel()) {
+    const int64_t batch = first.size(0), queries = first.size(1);
+    std::vector<int64_t> least(queries);  // first key that a query or any later one sees
+    for (int64_t row = 0; row < batch; ++row) {
+      const int32_t* const f = firsts.data() + row * queries;
+      const int32_t* const l = lasts.data() + row * queries;
+      int64_t lowest = keys;
+      for (int64_t t = queries - 1; t >= 0; --t) {
+        if (f[t] < l[t]) lowest = std::min<int64_t>(lowest, f[t]);
+        least[t] = lowest;
+      }
+      Segment segment{row, 0, 0, 0, 0};
+      int64_t reach = 0;
+      for (int64_t t = 0; t < queries; ++t) {
+        // Groups of 32 queries are computed together: a shorter segment would not be worth its own.
+        if (t - segment.query >= kGroup && reach > segment.key && least[t] >= reach && least[t] < keys) {
+          add(segment, t, reach);
+          segment = {row, t, 0, reach, 0};
+        }
+        if (f[t] < l[t]) reach = std::max<int64_t>(reach, l[t]);
+      }
+      add(segment, queries, keys);
+    }
+    for (const Segment& segment : all)
+      for (int64_t at = segment.row * queries + segment.query, end = at + segment.queries; at < end; ++at) {
+        const bool sees = firsts[at] < lasts[at];
+        firsts[at] = sees ? firsts[at] - static_cast<int32_t>(segment.key) : 0;
+        lasts[at] = sees ? lasts[at] - static_cast<int32_t>(segment.key) : 0;
+      }
+  }
+
+ private:
+  void add(Segment segment, int64_t query_end, int64_t key_end) {
+    segment.queries = query_end - segment.query;
+    segment.keys = key_end - segment.key;
+    most_keys = std::max(most_keys, segment.keys);
+    all.push_back(segment);
+  }
+};
+
 // 2^t = 2^⌊t⌋ 2^f, 2^f by the polynomial of degree 4 that is exact at 0 and 1 and else off by at most 3.4e-6 of it: a
 // five hundredth of bfloat16's roundoff. Stops at 2^-126: smaller numbers take a hundred times as long.
 inline __m512 power_of_two(__m512 t) {
@@ -275,26 +331,28 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const Heads q(q_t), k(k_t), v(v_t);
   bf16* o = o_t.mutable_data_ptr<bf16>();
   float* lse = lse_t.mutable_data_ptr<float>();
-  const int32_t* firsts = first.const_data_ptr<int32_t>();
-  const int32_t* lasts = last.const_data_ptr<int32_t>();
+  const Segments segments(first, last, keys);
   const __m512 scale_lanes = _mm512_set1_ps(static_cast<float>(scale) * kLog2e);
-  const int64_t width = in_groups(features), tasks = batch * groups;
+  const int64_t width = in_groups(features), most = segments.most_keys;
+  const int64_t tasks = static_cast<int64_t>(segments.all.size()) * groups;
 
   on_threads(tasks, [&](auto take) {
     Products products;
-    const Scratch<uint16_t> values(width * transposed_row(keys)), columns(width * kGroup);
-    const Scratch<float> scores(in_groups(keys) * kGroup), sums(width * kGroup);
-    const Scratch<uint16_t> weights(in_groups(keys) * kGroup);
+    const Scratch<uint16_t> values(width * transposed_row(most)), columns(width * kGroup);
+    const Scratch<float> scores(in_groups(most) * kGroup), sums(width * kGroup);
+    const Scratch<uint16_t> weights(in_groups(most) * kGroup);
     for (int64_t task; (task = take()) < tasks;) {
-      const int64_t b = task / groups, group = task % groups;
-      transpose_rows(v.at(b, group, 0), v.row, keys, features, values.data(), transposed_row(keys));
+      const Segment& segment = segments.all[task / groups];
+      const int64_t b = segment.row, group = task % groups, ldv = transposed_row(segment.keys);
+      transpose_rows(v.at(b, group, segment.key), v.row, segment.keys, features, values.data(), ldv);
       for (int64_t h = group * per_group; h < (group + 1) * per_group; ++h)
-        for (int64_t start = 0; start < queries; start += kGroup) {
-          const int64_t count = std::min(kGroup, queries - start), row = b * queries + start;
-          const Group seen(firsts + row, lasts + row, count);
-          pack_columns(q.at(b, h, start), q.row, count, features, columns.data());
+        for (int64_t start = 0; start < segment.queries; start += kGroup) {
+          const int64_t query = segment.query + start, row = b * queries + query;
+          const int64_t count = std::min(kGroup, segment.queries - start);
+          const Group seen(segments.firsts.data() + row, segments.lasts.data() + row, count);
+          pack_columns(q.at(b, h, query), q.row, count, features, columns.data());
           products.template product<Into::kFloat>(
-              k.at(b, group, seen.start), k.row, std::min(seen.padded(), keys - seen.start),
+              k.at(b, group, segment.key + seen.start), k.row, std::min(seen.padded(), segment.keys - seen.start),
               {columns.data(), width * kLanes, features, kGroup}, scores.data(), kGroup);
 
           __m512 top[2], total[2];
@@ -324,7 +382,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
             store_pair(weights.data(), stride, key, narrow_both(p[0]), narrow_both(p[1]));
           });
           products.template product<Into::kFloat>(
-              reinterpret_cast<const bf16*>(values.data()) + seen.start, transposed_row(keys), width,
+              reinterpret_cast<const bf16*>(values.data()) + seen.start, ldv, width,
               {weights.data(), stride, seen.count, kGroup}, sums.data(), kGroup);
 
           float tops[kGroup], totals[kGroup], inverses[kGroup];
@@ -334,7 +392,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
           }
           for (int64_t m = 0; m < count; ++m) {
             inverses[m] = totals[m] > 0.0f ? 1.0f / totals[m] : 0.0f;
-            lse[(b * heads + h) * queries + start + m] = tops[m] * kLn2 + std::log(totals[m]);
+            lse[(b * heads + h) * queries + query + m] = tops[m] * kLn2 + std::log(totals[m]);
           }
           store_queries(sums.data(), inverses, count, features, o + (row * heads + h) * features, heads * features);
         }
@@ -349,7 +407,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& lse_t, const at::Tensor& first, const at::Tensor& last, double scale) {
   const at::Tensor q_t = with_unit_features(q_any), k_t = with_unit_features(k_any), v_t = with_unit_features(v_any);
   const at::Tensor do_t = with_unit_features(do_any);
-  const int64_t batch = q_t.size(0), heads = q_t.size(1), queries = q_t.size(2), features = q_t.size(3);
+  const int64_t heads = q_t.size(1), queries = q_t.size(2), features = q_t.size(3);
   const int64_t keys = k_t.size(2), groups = k_t.size(1), per_group = heads / groups;
   at::Tensor dq_t = at::empty(q_t.sizes(), q_t.options());
   at::Tensor dk_t = at::empty(k_t.sizes(), q_t.options()), dv_t = at::empty(k_t.sizes(), q_t.options());
@@ -358,35 +416,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   bf16* dk = dk_t.mutable_data_ptr<bf16>();
   bf16* dv = dv_t.mutable_data_ptr<bf16>();
   const float* lse = lse_t.const_data_ptr<float>();
-  const int32_t* firsts = first.const_data_ptr<int32_t>();
-  const int32_t* lasts = last.const_data_ptr<int32_t>();
+  const Segments segments(first, last, keys);
   const __m512 scale_lanes = _mm512_set1_ps(static_cast<float>(scale) * kLog2e);
-  const int64_t width = in_groups(features), tasks = batch * groups;
+  const int64_t width = in_groups(features), most = segments.most_keys;
+  const int64_t tasks = static_cast<int64_t>(segments.all.size()) * groups;
   float scales[kGroup];
   std::fill_n(scales, kGroup, static_cast<float>(scale));
 
   on_threads(tasks, [&](auto take) {
     Products products;
-    const Scratch<uint16_t> keys_transposed(width * transposed_row(keys));
+    const Scratch<uint16_t> keys_transposed(width * transposed_row(most));
     const Scratch<uint16_t> columns(width * kGroup), rows(width * kQueries);
-    const Scratch<float> dk_sums(keys * width), dv_sums(keys * width), sums(width * kGroup);
-    const Scratch<float> scores(in_groups(keys) * kGroup), dweights(in_groups(keys) * kGroup);
-    const Scratch<uint16_t> pairs(in_groups(keys) * kGroup);
+    const Scratch<float> dk_sums(most * width), dv_sums(most * width), sums(width * kGroup);
+    const Scratch<float> scores(in_groups(most) * kGroup), dweights(in_groups(most) * kGroup);
+    const Scratch<uint16_t> pairs(in_groups(most) * kGroup);
     // Pᵀ and dSᵀ of a block, without the scale that every dS carries.
-    const Scratch<uint16_t> weights((keys + kGroup) * kQueries), dscores((keys + kGroup) * kQueries);
+    const Scratch<uint16_t> weights((most + kGroup) * kQueries), dscores((most + kGroup) * kQueries);
     for (int64_t task; (task = take()) < tasks;) {
-      const int64_t b = task / groups, group = task % groups;
-      transpose_rows(k.at(b, group, 0), k.row, keys, features, keys_transposed.data(), transposed_row(keys));
-      std::fill_n(dk_sums.data(), keys * width, 0.0f);
-      std::fill_n(dv_sums.data(), keys * width, 0.0f);
+      const Segment& segment = segments.all[task / groups];
+      const int64_t b = segment.row, group = task % groups, ldk = transposed_row(segment.keys);
+      transpose_rows(k.at(b, group, segment.key), k.row, segment.keys, features, keys_transposed.data(), ldk);
+      std::fill_n(dk_sums.data(), segment.keys * width, 0.0f);
+      std::fill_n(dv_sums.data(), segment.keys * width, 0.0f);
       for (int64_t h = group * per_group; h < (group + 1) * per_group; ++h)
-        for (int64_t block = 0; block < queries; block += kQueries) {
-          const int64_t block_count = std::min(kQueries, queries - block);
+        for (int64_t block = segment.query, past = block + segment.queries; block < past; block += kQueries) {
+          const int64_t block_count = std::min(kQueries, past - block);
           const auto group_at = [&](int64_t start) {
             const int64_t row = b * queries + start;
-            return Group(firsts + row, lasts + row, std::min(kGroup, queries - start));
+            return Group(
+                segments.firsts.data() + row, segments.lasts.data() + row, std::min(kGroup, past - start));
           };
-          int64_t from = keys, to = 0;
+          int64_t from = segment.keys, to = 0;  // counted from the segment's first key, as all keys below
           for (int64_t start = block; start < block + block_count; start += kGroup) {
             const Group seen = group_at(start);
             if (seen.count == 0) continue;
@@ -395,22 +455,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
           }
           for (int64_t start = block; start < block + block_count; start += kGroup) {
             const Group seen = group_at(start);
-            const int64_t count = std::min(kGroup, queries - start);
-            const int64_t seen_rows = std::min(seen.padded(), keys - seen.start);
+            const int64_t count = std::min(kGroup, past - start);
+            const int64_t seen_rows = std::min(seen.padded(), segment.keys - seen.start);
+            const int64_t lowest = segment.key + seen.start;
             const Panels panels{columns.data(), width * kLanes, features, kGroup};
             pack_columns(q.at(b, h, start), q.row, count, features, columns.data());
             products.template product<Into::kFloat>(
-                k.at(b, group, seen.start), k.row, seen_rows, panels, scores.data(), kGroup);
+                k.at(b, group, lowest), k.row, seen_rows, panels, scores.data(), kGroup);
             pack_columns(dO.at(b, h, start), dO.row, count, features, columns.data());
             products.template product<Into::kFloat>(
-                v.at(b, group, seen.start), v.row, seen_rows, panels, dweights.data(), kGroup);
+                v.at(b, group, lowest), v.row, seen_rows, panels, dweights.data(), kGroup);
 
             uint16_t* const p_rows = weights.data() + (start - block);
             uint16_t* const ds_rows = dscores.data() + (start - block);
-            const auto clear = [&](int64_t key, int64_t end) {
-              for (; key < end; ++key) {
-                _mm512_store_si512(p_rows + key * kQueries, _mm512_setzero_si512());
-                _mm512_store_si512(ds_rows + key * kQueries, _mm512_setzero_si512());
+            const auto clear = [&](int64_t at, int64_t end) {
+              for (; at < end; ++at) {
+                _mm512_store_si512(p_rows + at * kQueries, _mm512_setzero_si512());
+                _mm512_store_si512(ds_rows + at * kQueries, _mm512_setzero_si512());
               }
             };
             clear(from, std::min(seen.start, to));
@@ -463,7 +524,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
               store_pair(pairs.data(), stride, key, both[0], both[1]);
             });
             products.template product<Into::kFloat>(
-                reinterpret_cast<const bf16*>(keys_transposed.data()) + seen.start, transposed_row(keys), width,
+                reinterpret_cast<const bf16*>(keys_transposed.data()) + seen.start, ldk, width,
                 {pairs.data(), stride, seen.count, kGroup}, sums.data(), kGroup);
             store_queries(
                 sums.data(), scales, count, features, dq + ((b * heads + h) * queries + start) * features, features);
@@ -478,9 +539,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
           add(weights, dO, dv_sums);
           add(dscores, q, dk_sums);
         }
-      const int64_t offset = (b * groups + group) * keys * features;
-      store_rows(dk_sums.data(), static_cast<float>(scale), keys, features, dk + offset);
-      store_rows(dv_sums.data(), 1.0f, keys, features, dv + offset);
+      const int64_t offset = ((b * groups + group) * keys + segment.key) * features;
+      store_rows(dk_sums.data(), static_cast<float>(scale), segment.keys, features, dk + offset);
+      store_rows(dv_sums.data(), 1.0f, segment.keys, features, dv + offset);
     }
   });
   return {dq_t, dk_t, dv_t};

@@ -51,6 +51,19 @@ def kinds(kind: str, batch: int, length: int, seed: int) -> tuple[Tensor, Tensor
         first = torch.where(last > 3, first, last)  # and some queries are empty in any case
     elif kind == "packed":
         first = torch.arange(length).expand(batch, length) // 11 * 11
+    elif kind in ("examples", "unseen", "backwards"):
+        generator = torch.Generator().manual_seed(seed)
+        first, last = first.clone(), last.clone()
+        for row in range(batch):
+            begin = 0
+            while begin < length:
+                end = min(begin + int(torch.randint(1, 90, (), generator=generator)), length)
+                first[row, begin:end] = begin
+                if kind == "unseen":  # every example's last key, but for those of one token
+                    last[row, begin:end] = max(end - 1, begin + 1)
+                begin = end
+        if kind == "backwards":  # the first queries see the last examples
+            first, last = first.flip(1), last.flip(1)
     return first.int(), last.int()
 
 
@@ -78,15 +91,18 @@ def with_gradients(attend, qkv: list[Tensor], grad: Tensor, as_dtype: torch.dtyp
     batch=st.integers(1, 3),
     groups=st.integers(1, 3),
     per_group=st.integers(1, 3),
-    length=st.integers(1, 130),
+    length=st.integers(1, 260),
     dim=st.integers(1, 80),
-    kind=st.sampled_from(["causal", "window", "full", "packed"]),
+    kind=st.sampled_from(["causal", "window", "full", "packed", "examples", "unseen", "backwards"]),
     seed=st.integers(0, 999),
 )
 @example(batch=2, groups=3, per_group=3, length=97, dim=64, kind="causal", seed=0)
 @example(batch=1, groups=2, per_group=2, length=301, dim=40, kind="window", seed=0)
 @example(batch=1, groups=1, per_group=2, length=300, dim=65, kind="packed", seed=0)
 @example(batch=1, groups=2, per_group=1, length=289, dim=96, kind="full", seed=0)
+@example(batch=2, groups=3, per_group=2, length=413, dim=64, kind="examples", seed=3)
+@example(batch=2, groups=1, per_group=1, length=350, dim=33, kind="unseen", seed=4)
+@example(batch=1, groups=1, per_group=1, length=350, dim=64, kind="backwards", seed=5)
 def test_equals_the_definition(dtype, two_times_rule, batch, groups, per_group, length, dim, kind, seed):
     *qkv, grad = operands(batch, groups * per_group, groups, length, dim, dtype, seed)
     first, last = kinds(kind, batch, length, seed)
@@ -125,8 +141,8 @@ def test_strided_operands_and_the_layout_of_the_output(dtype):
     assert expected.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize(("length", "dim"), [(30, 16), (45, 24), (64, 64), (131, 33)])
-@pytest.mark.parametrize("kind", ["causal", "window"])
+@pytest.mark.parametrize(("length", "dim"), [(30, 16), (45, 24), (64, 64), (131, 33), (250, 32)])
+@pytest.mark.parametrize("kind", ["causal", "window", "examples"])
 def test_nothing_beside_the_operands_is_read(dtype, length, dim, kind):
     *qkv, grad = operands(2, 4, 2, length, dim, dtype)
     first, last = kinds(kind, 2, length, 0)
