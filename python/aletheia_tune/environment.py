@@ -82,3 +82,8 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a run, or the first of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"

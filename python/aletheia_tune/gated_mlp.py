@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import aletheia_kernels
 from aletheia_kernels.gated_mlp import ACTIVATIONS
+from aletheia_tune.dora import is_dora
 from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
@@ -38,7 +39,10 @@ def _activation(act: Any) -> str | None:
 
 def _is_projection(layer: Any) -> bool:
     return type(layer) is nn.Linear or (
-        type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear and structural_reason(layer) is None
+        type(layer) is LoraLinear
+        and type(layer.base_layer) is nn.Linear
+        and structural_reason(layer) is None
+        and not layer.lora_variant
     )
 
 
@@ -86,6 +90,8 @@ class GatedMlpForward(Replacement):
             if not serves(layer, x) or dropout_p(layer) > 0.0:
                 return None
             base, name = layer.base_layer, active_adapter(layer)
+            if is_dora(layer, name):
+                return None
             adapter = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
         else:
             base, weight = layer, layer.weight

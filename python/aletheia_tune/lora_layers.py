@@ -12,6 +12,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from aletheia_tune.dora import dora_reason, is_dora
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -60,9 +62,36 @@ def structural_reason(layer: nn.Module) -> str | None:
     """Why a layer can never run on the operator while it is built as it is; None when it can."""
     if type(layer) is not LoraLinear:
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no operator"
-    if type(layer.get_base_layer()) not in (nn.Linear, Conv1D) or isinstance(layer.base_layer, LoraLayer):
-        return f"its base layer is a {type(layer.get_base_layer()).__name__}"
+    base = layer.get_base_layer()
+    if isinstance(layer.base_layer, LoraLayer) or not _computes_a_linear(base):
+        return f"its base layer is a {type(base).__name__}"
     return None
+
+
+def _computes_a_linear(base: nn.Module) -> bool:
+    """Whether a base layer computes x Wᵀ + b, or x W + b, from its own weight and bias.
+
+    A class of a model's own that derives from nn.Linear (Falcon's) may compute anything: it is tried on a few numbers.
+    """
+    if type(base) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(base, nn.Linear) or type(base.weight) is not nn.Parameter or is_hooked(base):
+        return False
+    weight = base.weight
+    if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, base.in_features, generator=generator).to(weight)
+    try:
+        with torch.no_grad():
+            got, expected = base(x), nn.functional.linear(x, weight, base.bias)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    # Of sums in another order, on inputs of order 1.
+    precision = 8 * torch.finfo(weight.dtype).eps
+    return torch.allclose(
+        got.double(), expected.double(), rtol=precision, atol=precision * float(expected.abs().max())
+    )
 
 
 def state_reason(layer: Any) -> str | None:
@@ -79,7 +108,10 @@ def state_reason(layer: Any) -> str | None:
         return f"{len(active)} adapters are active on it"
     name = active[0]
     if name in layer.lora_variant:
-        return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
+        if not is_dora(layer, name):
+            return f"the adapter is a {type(layer.lora_variant[name]).__name__}"
+        if (reason := dora_reason(layer, name)) is not None:
+            return reason
     lora_A, lora_B = lora_As[name], parts["lora_B"]._modules[name]
     dropout = parts["lora_dropout"]._modules[name]
     if base._parameters["weight"].requires_grad:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import aletheia_kernels
+from aletheia_tune.dora import is_dora, magnitude_over_norm
 from aletheia_tune.errors import UserError
 from aletheia_tune.gated_mlp import PARTS, apply_gated_mlps
 from aletheia_tune.lora_layers import (
@@ -71,16 +72,22 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
     if probability > 0.0:
         # Drawn from the default generator, as dropout itself would: checkpointing that restores it repeats the mask.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    return aletheia_kernels.lora_group(
+    rescaled = [is_dora(layer, name) for layer, name in zip(layers, names, strict=True)]
+    outputs = aletheia_kernels.lora_group(
         x.to(bases[0].weight.dtype),
         [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases],
-        [base.bias for base in bases],
+        [None if dora else base.bias for base, dora in zip(bases, rescaled, strict=True)],
         [lora_A.weight for lora_A, _ in adapters],
         [lora_B.weight for _, lora_B in adapters],
         [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)],
         dropout_p=probability,
         seed=seed,
     )
+    for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
+        if rescaled[index]:
+            y = outputs[index] * magnitude_over_norm(layer, name).to(x.dtype)
+            outputs[index] = y if bases[index].bias is None else y + bases[index].bias
+    return outputs
 
 
 @dataclass
@@ -185,9 +192,9 @@ def apply_kernels(
     Siblings (q, k, v; gate, up) are found by observing one small forward pass: layers of one parent module that
     receive the same tensor become one call. A gated MLP is one call from end to end, with adapters or without. PEFT
     keeps its parameters, so saving, loading, merging and switching adapters are untouched; a state that the operator
-    does not compute (several active adapters, adapters disabled or merged, DoRA and other variants, hooks on the base
-    layer, a weight in another dtype than its input) runs PEFT's own
-    forward. Calling it again on a patched model patches it afresh.
+    does not compute (several active adapters, adapters disabled or merged, variants other than DoRA, hooks on the
+    base layer, a weight in another dtype than its input) runs PEFT's own forward. Calling it again on a patched model
+    patches it afresh.
 
     Args:
         model: a PEFT model with LoRA adapters, or any module that contains LoRA layers.

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
-from aletheia_tune.environment import peak_memory_mb, versions
+from aletheia_tune.environment import is_first_process, peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
@@ -402,6 +403,9 @@ def fine_tune(
     error is raised. Ctrl-C saves what there is likewise. If no loss was ever finite there is nothing worth
     keeping, and nothing is written.
 
+    Started by torchrun or `accelerate launch`, every process trains on its own part of each step's examples, as the
+    Trainer shares them out (`batch_size` is that of a process), and the first writes.
+
     Args:
         model: the pretrained model, without adapters; moved to the accelerator if there is one.
         tokenizer: for its padding id.
@@ -422,7 +426,7 @@ def fine_tune(
     """
     if not train_examples:
         raise UserError("there are no training examples")
-    with files.output_directory(out_dir, overwrite) as directory, _threads(config.threads):
+    with _output_directory(out_dir, overwrite) as directory, _threads(config.threads):
         started = time.perf_counter()
         transformers.set_seed(config.seed)
         with warnings.catch_warnings():
@@ -434,7 +438,8 @@ def fine_tune(
                 autocast_adapter_dtype=config.adapter_dtype == "float32",
             )
         run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config)
-        progress = _ShowProgress(run, Console(stderr=True, quiet=not config.progress))
+        shown = config.progress and is_first_process()
+        progress = _ShowProgress(run, Console(stderr=True, quiet=not shown))
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
@@ -495,6 +500,17 @@ def fine_tune(
     if stop is not None:
         raise stop
     return result
+
+
+@contextlib.contextmanager
+def _output_directory(out_dir: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """Where to write: of several processes that train one adapter the first writes what all of them have."""
+    if is_first_process():
+        with files.output_directory(out_dir, overwrite) as directory:
+            yield directory
+    else:
+        with tempfile.TemporaryDirectory() as directory_name:
+            yield Path(directory_name)
 
 
 class _NonFinite(Exception):
@@ -717,6 +733,8 @@ def _trainer(
     config = run.config
     arguments = TrainingArguments(
         output_dir=str(directory),
+        # Said outright: otherwise processes that torchrun starts on CPUs would not find each other, and train alone.
+        use_cpu=not torch.accelerator.is_available(),
         max_steps=config.steps if config.steps is not None else -1,
         num_train_epochs=config.epochs if config.epochs is not None else 1.0,
         per_device_train_batch_size=config.batch_size,

@@ -92,7 +92,7 @@ def capped_in_name_only() -> nn.Module:
 
 
 def cohere() -> nn.Module:
-    """It scales its logits."""
+    """It multiplies its logits by a number."""
     return CohereForCausalLM(CohereConfig(**TINY, logit_scale=0.25))
 
 
@@ -104,7 +104,7 @@ def classifier() -> nn.Module:
     return BertForSequenceClassification(BertConfig(**TINY))
 
 
-WITH_HEAD = [llama, gpt2, gpt_neox, phi, mixtral, gemma2, capped_in_name_only]
+WITH_HEAD = [llama, gpt2, gpt_neox, phi, mixtral, gemma2, capped_in_name_only, cohere]
 
 
 def build(builder) -> nn.Module:
@@ -212,7 +212,7 @@ def test_no_labelled_row_is_what_transformers_makes_of_it():
 
 
 def test_without_labels_the_model_makes_its_logits():
-    model = build(llama).eval()
+    model = build(llama)
     ids = a_batch()["input_ids"]
     expected = model(input_ids=ids).logits
     with labelled_head(model):
@@ -222,6 +222,21 @@ def test_without_labels_the_model_makes_its_logits():
         assert torch.equal(model(input_ids=ids).logits, expected), (
             "a call with labels must leave nothing behind"
         )
+
+
+@pytest.mark.parametrize("training_at_entry", [True, False])
+def test_in_evaluation_the_logits_are_there_beside_the_loss(training_at_entry):
+    model = build(llama).train(training_at_entry)
+    batch = a_batch()
+    expected = model.eval()(**batch)
+    model.train(training_at_entry)
+    with labelled_head(model) as head:
+        assert head.active
+        assert model.training is training_at_entry
+        evaluated = model.eval()(**batch)
+        assert torch.equal(evaluated.logits, expected.logits)
+        assert torch.equal(evaluated.loss, expected.loss)
+        assert model.train()(**batch).logits.shape[-1] == model.config.hidden_size
 
 
 def test_labels_given_by_position():
@@ -266,7 +281,6 @@ def test_unlabelled_rows_make_no_logits():
     ("builder", "reason"),
     [
         pytest.param(scaled_gemma2, "changes the logits", id="softcap-and-scale"),
-        pytest.param(cohere, "changes the logits", id="scale"),
         pytest.param(masked_lm, "cannot run|settable loss", id="masked-lm"),
         pytest.param(classifier, "no linear output embedding", id="classifier"),
         pytest.param(lambda: nn.Linear(3, 3), "no linear output embedding", id="no-model"),

@@ -94,7 +94,12 @@ def calls(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("build", [llama, gpt2, neox])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rank_pattern": {"gate_proj": 7, "q_proj": 9, "c_attn": 5}}, {"use_rslora": True}, {"bias": "all"}],
+    [
+        {},
+        {"rank_pattern": {"gate_proj": 7, "q_proj": 9, "c_attn": 5}},
+        {"use_rslora": True},
+        {"bias": "all"},
+    ],
     ids=["plain", "unequal ranks", "rslora", "trained bias"],
 )
 def test_same_loss_and_gradients(build, options, calls):
@@ -320,14 +325,59 @@ def test_an_output_made_without_gradients_is_not_handed_to_a_call_that_needs_the
 
 
 def test_what_the_operator_does_not_compute_stays_on_pefts_path_and_says_why():
-    model = adapted(use_dora=True, target_modules=["q_proj"])
+    model = adapted(use_dora=True, lora_dropout=0.1, target_modules=["q_proj"]).eval()
     expected = model(input_ids=ids()).logits
     report = apply_kernels(model)
     assert [entry.path for entry in report.entries] == ["peft", "peft"]
-    assert "DoraLinearVariant" in str(report)
+    assert "DoRA with dropout" in str(report)
     assert torch.equal(model(input_ids=ids()).logits, expected)
-    with pytest.raises(UserError, match=r"strict=True.*2 adapted modules.*Dora"):
+    with pytest.raises(UserError, match=r"strict=True.*2 adapted modules.*DoRA"):
         apply_kernels(model, strict=True)
+
+
+@pytest.mark.parametrize("build", [llama, neox])
+@pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"rank_pattern": {"q_proj": 9}}])
+def test_dora_from_its_factors(build, options, calls):
+    model = adapted(build, use_dora=True, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # as it starts, m is the norm, and nothing would be rescaled
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    expected_loss, expected = loss_and_grads(model, ids())
+    report = apply_kernels(model, strict=True)
+    calls.clear()
+    loss, given = loss_and_grads(model, ids())
+    assert sum(calls) == len(report.entries)
+    assert any("magnitude" in name for name in given)
+    torch.testing.assert_close(loss, expected_loss)
+    assert given.keys() == expected.keys()
+    for name, grad in given.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+    # The norms follow the factors, and the weight where it is merged into.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "q_proj.base_layer.weight" in name or "query_key_value.base_layer" in name:
+                parameter.mul_(1.5)
+    changed = model(input_ids=ids()).logits
+    restore(model)
+    torch.testing.assert_close(changed, model(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_keeps_siblings_in_one_call(calls):
+    model = adapted(use_dora=True)
+    report = apply_kernels(model, strict=True)
+    siblings = {tuple(name.rpartition(".")[2] for name in entry.siblings) for entry in report.entries}
+    assert siblings == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ()}
+    calls.clear()
+    model(input_ids=ids())
+    assert calls == [3, 1, 2, 1] * 2
+
+
+def test_dora_on_a_conv1d_stays_on_pefts_path():
+    report = apply_kernels(adapted(gpt2, use_dora=True, fan_in_fan_out=True))
+    assert not report.fast
+    assert "DoRA on a Conv1D" in str(report)
 
 
 def test_an_embedding_adapter_is_reported():

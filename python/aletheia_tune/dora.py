@@ -1,0 +1,64 @@
+"""DoRA's rescaling of a LoRA projection, from the factors, without ever making W + s B A.
+
+DoRA (arXiv 2402.09353) computes y = m / ‖W + s B A‖ ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b, the norms by row of W [out, in], with no
+gradient through them (its section 4.3). Each norm is a sum of three terms,
+
+    ‖W_i + s (B A)_i‖² = ‖W_i‖² + 2 s B_i · (W Aᵀ)_i + s² B_i (A Aᵀ) B_iᵀ,
+
+the first of which changes only with W, the others made of products with r columns: 2 · out · in · r multiply-adds in
+place of the out · in · r and the passes over [out, in] that W + s B A takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.pytorch_utils import Conv1D
+
+# ‖W_i‖² by row of weights and the version they are of. Keyed by the tensor object, which holds no reference to it.
+_row_norms_sq_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def is_dora(layer: Any, adapter_name: str) -> bool:
+    """Whether an adapter of a LoRA layer is a DoRA."""
+    return type(layer.lora_variant.get(adapter_name)) is DoraLinearVariant
+
+
+def dora_reason(layer: Any, adapter_name: str) -> str | None:
+    """Why a DoRA is not computed here; None when it is."""
+    if isinstance(layer.get_base_layer(), Conv1D):
+        return "the adapter is a DoRA on a Conv1D"
+    dropout = layer.lora_dropout[adapter_name]
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0.0:
+        return "the adapter is a DoRA with dropout, which adds two different inputs' products"
+    return None
+
+
+def _row_norms_sq(weight: Tensor) -> Tensor:
+    version, norms = _row_norms_sq_of.get(weight, (None, None))
+    if norms is None or version != weight._version or norms.device != weight.device:
+        norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).square()
+        _row_norms_sq_of[weight] = (weight._version, norms)
+    return norms
+
+
+def magnitude_over_norm(layer: Any, adapter_name: str) -> Tensor:
+    """m / ‖W + s B A‖ [out] in float32, with a gradient for m alone."""
+    weight = layer.get_base_layer().weight
+    scaling = float(layer.scaling[adapter_name])
+    with torch.no_grad():
+        lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight.float()
+        # In W's dtype, for the product's speed: the term is small beside ‖W_i‖².
+        crossed = (weight @ lora_A.to(weight.dtype).T).float()
+        gram = lora_A.float() @ lora_A.float().T
+        norms_sq = (
+            _row_norms_sq(weight)
+            + 2 * scaling * (lora_B * crossed).sum(1)
+            + scaling**2 * ((lora_B @ gram) * lora_B).sum(1)
+        )
+        norms = norms_sq.clamp_min_(0).sqrt_()
+    return layer.lora_magnitude_vector[adapter_name].weight.float() / norms
