@@ -1,0 +1,191 @@
+"""Tables of docs/studies.md from the verdicts under benchmarks/studies/results.
+
+    python benchmarks/studies/tables.py runs/races/gsm8k          # keeps that verdict under results, then as below
+    python benchmarks/studies/tables.py                           # writes the tables of all kept verdicts anew
+
+Every figure is read from the raw points. Intervals are those of Student's t over the seeds, 95 %, of the difference
+that is named: with three seeds they are wide, and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGE = HERE.parents[1] / "docs" / "studies.md"
+# Two-sided 95 % quantile of Student's t by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+Verdict = dict[str, Any]
+
+
+def keep(run: Path) -> Path:
+    """Copies a race's verdict to the results, without the report of each patched module: its summary stays."""
+    verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
+    for races in verdict["races"].values():
+        for race in races.values():
+            for arm in race["arms"]:
+                if arm["training"]["patch_report"]:
+                    arm["training"]["patch_report"] = {
+                        "summary": arm["training"]["patch_report"]["summary"],
+                        "modules": [],
+                    }
+    place = RESULTS / f"{run.name}.json"
+    place.write_text(json.dumps(verdict, separators=(",", ":")) + "\n", encoding="utf-8")
+    return place
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half-width of the 95 % interval of a mean."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.4f}"
+    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.4f} ± {half:.4f}"
+
+
+def arms(verdict: Verdict, name: str) -> list[dict[str, Any]]:
+    """The arm's runs, one a seed, in the order of the seeds."""
+    found = [
+        arm for races in verdict["races"].values() for arm in races["race"]["arms"] if arm["name"] == name
+    ]
+    assert len(found) == len(verdict["races"])
+    return found
+
+
+def loss(arm: dict[str, Any]) -> float:
+    return float(arm["training"]["eval_loss_after"])
+
+
+def seconds(arm: dict[str, Any]) -> float:
+    """Of the arm's whole training, probe, plan and patching with it."""
+    training = arm["training"]
+    return float(arm["plan_seconds"] + training["setup_seconds"] + training["history"][-1]["seconds"])
+
+
+def names(verdict: Verdict) -> list[str]:
+    return [arm["name"] for arm in next(iter(verdict["races"].values()))["race"]["arms"]]
+
+
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [row(header), f"|---|{'---:|' * (len(header) - 1)}", *map(row, rows)]
+
+
+def time_to_target(verdict: Verdict) -> list[str]:
+    """Every challenger beside the baseline: times, losses and forgetting, seed by seed."""
+    rows = []
+    for name in names(verdict):
+        runs, found = arms(verdict, name), list(verdict["arms"].get(name, {}).values())
+        forgetting = [
+            run["perplexity_after"] / run["perplexity_before"] for run in runs if run["perplexity_before"]
+        ]
+
+        def each(values: Sequence[float | None], digits: int) -> str:
+            return ", ".join("–" if value is None else f"{value:.{digits}f}" for value in values) or "–"
+
+        rows.append(
+            (
+                name,
+                f"{verdict['chosen'][name]:g}",
+                each([loss(run) for run in runs], 4),
+                each([seconds(run) for run in runs], 0),
+                each([one["ratio_time_to_target"] for one in found], 3),
+                each([one["ratio_after_first_step"] for one in found], 3),
+                each([one["loss_equal_time"] for one in found], 4) if name == verdict["recommended"] else "–",
+                each(forgetting, 3),
+                f"{verdict['table'][name]['peak_memory_mb']:,.0f}",
+            )
+        )
+    header = (
+        "arm", "rate", "held-out loss", "seconds in all", "time to PEFT's loss, × PEFT's", "first steps left out",
+        "loss at equal time", "forgetting", "peak MiB",
+    )  # fmt: skip
+    return table(header, rows)
+
+
+def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
+    """Every way to choose layers: where it ended, by how much that is worse than all layers, and what it took."""
+    base = arms(verdict, everything)
+    rows = []
+    for name in sorted(names(verdict), key=lambda name: statistics.fmean(map(loss, arms(verdict, name)))):
+        runs = arms(verdict, name)
+        layers = sorted(
+            {int(found[1]) for module in runs[0]["plan"]["modules"] if (found := LAYER.search(module))}
+        )
+        differences = [loss(mine) - loss(theirs) for mine, theirs in zip(runs, base, strict=True)]
+        pace = statistics.median(
+            record["step_seconds"] for run in runs for record in run["training"]["history"]
+        )
+        rows.append(
+            (
+                name,
+                f"{verdict['chosen'][name]:g}",
+                " ".join(_ranges(layers)),
+                f"{statistics.fmean(map(loss, runs)):.4f}",
+                "–" if name == everything else interval(differences),
+                f"{statistics.fmean(run['plan_seconds'] for run in runs):.1f}",
+                f"{pace:.3f}",
+                f"{statistics.fmean(map(seconds, runs)):.0f}",
+                f"{verdict['table'][name]['peak_memory_mb']:,.0f}",
+            )
+        )
+    header = (
+        "layers chosen by", "rate", "which (seed 0)", "held-out loss, mean", f"less that of {everything}", "probe s",
+        "s a step", "seconds in all", "peak MiB",
+    )  # fmt: skip
+    return table(header, rows)
+
+
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+def _ranges(numbers: Sequence[int]) -> list[str]:
+    """Runs of numbers as first–last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
+
+
+def write_tables() -> None:
+    """Puts each verdict's table between its marks in the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("*.json")):
+        verdict = json.loads(path.read_text(encoding="utf-8"))
+        lines = selection(verdict) if path.stem.startswith("selection") else time_to_target(verdict)
+        facts = verdict["machine"]
+        machine = ", ".join(facts[key] for key in ("processor", "threads", "torch") if key in facts)
+        marks = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
+        assert all(text.count(mark) == 1 for mark in marks), f"{PAGE} has no place for {path.stem}"
+        begin, end = text.index(marks[0]) + len(marks[0]), text.index(marks[1])
+        text = text[:begin] + "\n" + "\n".join([*lines, "", f"*{machine}*"]) + "\n" + text[end:]
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="directories of finished races, to be kept")
+    for run in parser.parse_args().runs:
+        print(keep(run))
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()
