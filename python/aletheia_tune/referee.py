@@ -36,6 +36,8 @@ from aletheia_tune.train import TrainConfig
 
 # A baseline that has learned less than this share of its loss sets no target worth reaching.
 LEARNED = 0.05
+# Rates whose losses differ by less, as a share, are as good as each other: seeds differ by more.
+TIE = 1e-3
 # Times that a grid may grow by one rate at an edge before the search gives up.
 WIDENINGS = 6
 # Of the run at equal time, for its curve.
@@ -430,7 +432,7 @@ def referee(
 def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
     runs = _Runs(task, directory, Console(stderr=True, quiet=not progress), progress)
     searches = {contestant.name: runs.search(contestant) for contestant in task.contestants}
-    chosen = {name: min(losses, key=lambda rate: losses[rate]) for name, losses in searches.items()}
+    chosen = {name: _best_rate(losses) for name, losses in searches.items()}
 
     arms: dict[str, dict[str, SeedVerdict]] = {contestant.name: {} for contestant in task.challengers}
     races: dict[str, dict[str, Any]] = {}
@@ -465,6 +467,12 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
         machine={**dict(machine_facts()), **versions()},
         races=races,
     )
+
+
+def _best_rate(losses: Mapping[float, float]) -> float:
+    """The lowest of the rates that are as good as the best."""
+    best = min(losses.values())
+    return min(rate for rate, loss in losses.items() if loss <= best * (1 + TIE))
 
 
 def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> SeedVerdict:
