@@ -4,6 +4,7 @@
 # make mutations   plants faults in the Triton kernels and shows which tests notice; writes docs/kernel-mutations.md
 # make sanitize   the operators' tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make parity  50 steps of R1 beside PEFT and beside float32: fails if our losses are further off than twice PEFT's
+# make fuzz    broken files for every reader, for SECONDS; fails on a traceback that is none of the user's
 # make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
 
-.PHONY: run test test-gpu mutations bench parity sanitize install clean
+.PHONY: run test test-gpu mutations bench parity sanitize fuzz install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -24,6 +25,7 @@ test: install
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/triton/operators
 	$(BIN)/python -m pytest tests/triton/ahead_of_time
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/contract
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds 20
 
 # Triton reads TRITON_INTERPRET when it defines a kernel: each way to run them is a process of its own.
 test-gpu: install
@@ -46,6 +48,11 @@ sanitize: install
 	PYTHONPATH=$(SANITIZED):python HF_HUB_OFFLINE=1 $(BIN)/python -P -m pytest tests/aletheia_kernels \
 	  --deselect tests/aletheia_kernels/test_allocator.py \
 	  --deselect tests/aletheia_kernels/test_cross_entropy.py::test_memory_does_not_grow_with_the_rows
+
+SECONDS := 600
+
+fuzz: install
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds $(SECONDS) --json runs/fuzz.json
 
 bench: install
 	mkdir -p runs

@@ -275,7 +275,7 @@ class Calibration:
                 Coefficients(**{key: _price(value) for key, value in content["coefficients"].items()}),
                 dict(content["meta"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"calibration: a field is missing or broken ({error!r}); {again}") from None
 
     def adapter_seconds(self, name: str, rank: int, batch: Batch | None = None) -> float:

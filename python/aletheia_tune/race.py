@@ -159,7 +159,7 @@ class RaceResult:
                 for arm in content["arms"]
             )
             return RaceResult(arms, dict(content["meta"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"this is not an aletheia race of version 1: {error}") from error
 
     def objection(self) -> str | None:

@@ -131,7 +131,7 @@ def read_task(path: str | os.PathLike[str]) -> RaceTask:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"task file {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"task file {path} is not TOML: {error}") from None
     try:
         return _task(content, file.parent)
@@ -151,7 +151,7 @@ def _task(content: dict[str, Any], beside: Path) -> RaceTask:
     if other is not None:
         paths["other_text"] = str(beside / other)
     for key, place in paths.items():
-        if not Path(place).exists():
+        if not _is_there(place):
             raise UserError(f"{key} {place} does not exist")
     rates = _numbers(content.get("rates", [5e-4, 1e-3, 2e-3]), "rates", float)
     if len(rates) < 3 or any(not rate > 0 for rate in rates) or sorted(set(rates)) != list(rates):
@@ -195,6 +195,13 @@ def _task(content: dict[str, Any], beside: Path) -> RaceTask:
         recommended=recommended,
         contestants=contestants,
     )
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return Path(place).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _contestant(table: Any, baseline: bool, common: Mapping[str, Any]) -> Contestant:

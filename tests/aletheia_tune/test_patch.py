@@ -380,6 +380,32 @@ def test_dora_on_a_conv1d_stays_on_pefts_path():
     assert "DoRA on a Conv1D" in str(report)
 
 
+class OwnLinear(nn.Linear):
+    """A model's own class that computes what its parent does, in another way."""
+
+    def forward(self, input):
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 0.5 * super().forward(input)
+
+
+@pytest.mark.parametrize(("kind", "path"), [(OwnLinear, "kernel"), (Scaled, "peft")])
+def test_a_linear_of_a_models_own_class_is_tried(kind, path):
+    model = adapted(target_modules=["q_proj"])
+    projection = model.base_model.model.model.layers[0].self_attn.q_proj
+    projection.base_layer.__class__ = kind
+    expected = model(input_ids=ids()).logits
+    report = apply_kernels(model)
+    assert report.entries[0].path == path
+    if path == "peft":
+        assert report.entries[0].reason == f"its base layer is a {kind.__name__}"
+    torch.testing.assert_close(model(input_ids=ids()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_embedding_adapter_is_reported():
     model = adapted(target_modules=["q_proj", "embed_tokens"])
     report = apply_kernels(model)

@@ -63,7 +63,7 @@ class Scores:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"scores: not JSON ({error}); give a file that `aletheia probe` wrote") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError("scores: not a scores file; give a file that `aletheia probe` wrote")
@@ -79,7 +79,7 @@ class Scores:
                 layer_path=_text(content["layer_path"]),
                 meta=dict(content["meta"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"scores: a field is missing or broken ({error!r}); probe again") from None
         strays = [
             name for name, module in scores.modules.items() if not 0 <= module.layer < len(scores.layers)
