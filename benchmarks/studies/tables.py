@@ -24,22 +24,24 @@ PAGE = HERE.parents[1] / "docs" / "studies.md"
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
+# Of the machine's description, what stands under a table.
+MACHINE = ("processor", "CPUs, threads", "torch")
+
 Verdict = dict[str, Any]
 
 
 def keep(run: Path) -> Path:
-    """Copies a race's verdict to the results, without the report of each patched module: its summary stays."""
-    verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
-    for races in verdict["races"].values():
-        for race in races.values():
-            for arm in race["arms"]:
-                if arm["training"]["patch_report"]:
-                    arm["training"]["patch_report"] = {
-                        "summary": arm["training"]["patch_report"]["summary"],
-                        "modules": [],
-                    }
+    """Copies a task's verdict, or a single race, to the results, without the report of each patched module."""
+    whole = (run / "verdict.json").is_file()
+    content = json.loads((run / ("verdict.json" if whole else "race.json")).read_text(encoding="utf-8"))
+    races = [race for of in content["races"].values() for race in of.values()] if whole else [content]
+    for race in races:
+        for arm in race["arms"]:
+            if arm["training"]["patch_report"]:
+                summary = arm["training"]["patch_report"]["summary"]
+                arm["training"]["patch_report"] = {"summary": summary, "modules": []}
     place = RESULTS / f"{run.name}.json"
-    place.write_text(json.dumps(verdict, separators=(",", ":")) + "\n", encoding="utf-8")
+    place.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     return place
 
 
@@ -115,6 +117,37 @@ def time_to_target(verdict: Verdict) -> list[str]:
     return table(header, rows)
 
 
+def one_race(race: dict[str, Any]) -> list[str]:
+    """A single race: its first arm sets the target."""
+    base = race["arms"][0]
+    rows = []
+    for arm in race["arms"]:
+        training = arm["training"]
+        start = arm["plan_seconds"] + training["setup_seconds"]
+        reached = [start + one["seconds"] for one in training["evals"] if one["loss"] <= loss(base)]
+        rows.append(
+            (
+                arm["name"],
+                f"{training['config']['learning_rate']:g}",
+                f"{loss(arm):.4f}",
+                f"{seconds(arm):.0f}",
+                f"{reached[0] / seconds(base):.3f}" if reached else "–",
+                f"{arm['perplexity_after'] / arm['perplexity_before']:.3f}",
+                f"{training['peak_memory_mb']:,.0f}",
+            )
+        )
+    header = (
+        "arm",
+        "rate",
+        "held-out loss",
+        "seconds in all",
+        "time to the first's loss, × its",
+        "forgetting",
+        "peak MiB",
+    )
+    return table(header, rows)
+
+
 def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
     """Every way to choose layers: where it ended, by how much that is worse than all layers, and what it took."""
     base = arms(verdict, everything)
@@ -166,14 +199,21 @@ def write_tables() -> None:
     """Puts each verdict's table between its marks in the page."""
     text = PAGE.read_text(encoding="utf-8")
     for path in sorted(RESULTS.glob("*.json")):
-        verdict = json.loads(path.read_text(encoding="utf-8"))
-        lines = selection(verdict) if path.stem.startswith("selection") else time_to_target(verdict)
-        facts = verdict["machine"]
-        machine = ", ".join(facts[key] for key in ("processor", "threads", "torch") if key in facts)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] == "aletheia-race":
+            lines = one_race(content)
+        elif path.stem.startswith("selection"):
+            lines = selection(content)
+        else:
+            lines = time_to_target(content)
+        facts = content.get("machine", {})
+        lines += (
+            ["", f"*{', '.join(f'{key}: {facts[key]}' for key in MACHINE if key in facts)}*"] if facts else []
+        )
         marks = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
         assert all(text.count(mark) == 1 for mark in marks), f"{PAGE} has no place for {path.stem}"
         begin, end = text.index(marks[0]) + len(marks[0]), text.index(marks[1])
-        text = text[:begin] + "\n" + "\n".join([*lines, "", f"*{machine}*"]) + "\n" + text[end:]
+        text = text[:begin] + "\n" + "\n".join(lines) + "\n" + text[end:]
     PAGE.write_text(text, encoding="utf-8")
 
 

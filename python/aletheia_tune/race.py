@@ -43,6 +43,8 @@ WINDOW = 512
 WINDOWS = 16
 # Before any update every arm is the same model; what they may differ by is rounding.
 NOISE = {"bfloat16": 1e-2, "float32": 1e-4}
+# What the examples of a step depend on.
+BATCHES = ("batch_size", "gradient_accumulation", "group_by_length", "seed")
 HEADER = (
     "arm",
     "adapted layers",
@@ -179,10 +181,11 @@ class RaceResult:
                 return f"the gradients of arm {arm.name} are zero in some step"
         first = self.arms[0]
         for arm in self.arms[1:]:
-            for what, mine, theirs in (
-                ("held-out losses", first.training.eval_loss_before, arm.training.eval_loss_before),
-                ("losses of the first step", first.training.history[0].loss, arm.training.history[0].loss),
-            ):
+            losses = [("held-out losses", first.training.eval_loss_before, arm.training.eval_loss_before)]
+            if all(first.training.config.get(one) == arm.training.config.get(one) for one in BATCHES):
+                steps = first.training.history[0].loss, arm.training.history[0].loss
+                losses.append(("losses of the first step", *steps))
+            for what, mine, theirs in losses:
                 noise = NOISE[first.training.config["dtype"]]
                 if mine is not None and theirs is not None and abs(mine - theirs) > noise * abs(mine):
                     return (
