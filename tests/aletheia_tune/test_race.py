@@ -288,3 +288,20 @@ def test_perplexity_is_over_windows_spread_over_the_text(tiny_model_dir, monkeyp
 def test_a_foreign_race_file_is_refused(text):
     with pytest.raises(UserError, match="not an aletheia race"):
         RaceResult.from_json(text)
+
+
+@pytest.mark.parametrize("change", [{"group_by_length": True}, {"batch_size": 2}])
+def test_first_steps_of_other_examples_are_not_compared(change):
+    config = {"config": {**dataclasses.asdict(CONFIG), **change}}
+    other = arm_result("plan", **config, history=record(loss=1.5))
+    assert RaceResult((arm_result("uniform"), other), {}).objection() is None
+    # The model before any update is the same, whatever the batches.
+    other = dataclasses.replace(
+        other,
+        training=dataclasses.replace(
+            other.training, evals=(EvalRecord(0, 0.0, 2.51), EvalRecord(3, 3.0, 2.2))
+        ),
+    )
+    objection = RaceResult((arm_result("uniform"), other), {}).objection()
+    assert objection is not None
+    assert "held-out losses" in objection
