@@ -132,7 +132,9 @@ def one_race(race: dict[str, Any]) -> list[str]:
                 f"{loss(arm):.4f}",
                 f"{seconds(arm):.0f}",
                 f"{reached[0] / seconds(base):.3f}" if reached else "–",
-                f"{arm['perplexity_after'] / arm['perplexity_before']:.3f}",
+                f"{arm['perplexity_after'] / arm['perplexity_before']:.3f}"
+                if arm["perplexity_before"]
+                else "–",
                 f"{training['peak_memory_mb']:,.0f}",
             )
         )
