@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aletheia_tune import figures
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "studies.md"
@@ -117,6 +119,30 @@ def time_to_target(verdict: Verdict) -> list[str]:
     return table(header, rows)
 
 
+def picture(verdict: Verdict) -> str:
+    """Held-out loss over time of the first seed, as SVG: the race, and the recommended arm's run at equal time."""
+    seed, races = next(iter(verdict["races"].items()))
+    curves = []
+    for arm, name in [
+        *((arm, arm["name"]) for arm in races["race"]["arms"]),
+        *((arm, f"{arm['name']}, for PEFT's time") for arm in races["equal_time"]["arms"]),
+    ]:
+        start = arm["plan_seconds"] + arm["training"]["setup_seconds"]
+        evals = arm["training"]["evals"]
+        curves.append(
+            figures.Curve(name, [start + one["seconds"] for one in evals], [one["loss"] for one in evals])
+        )
+    return figures.standalone(
+        figures.loss_curves(
+            curves,
+            x_label="seconds, probe and patching included",
+            y_label="held-out loss (nats a token)",
+            label=f"Held-out loss by time, seed {seed}",
+            target=verdict["arms"][verdict["recommended"]][seed]["target"],
+        )
+    )
+
+
 def one_race(race: dict[str, Any]) -> list[str]:
     """A single race: its first arm sets the target."""
     base = race["arms"][0]
@@ -208,6 +234,7 @@ def write_tables() -> None:
             lines = selection(content)
         else:
             lines = time_to_target(content)
+            (PAGE.parent / f"race-{path.stem}.svg").write_text(picture(content), encoding="utf-8")
         facts = content.get("machine", {})
         lines += (
             ["", f"*{', '.join(f'{key}: {facts[key]}' for key in MACHINE if key in facts)}*"] if facts else []
