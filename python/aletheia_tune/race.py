@@ -181,11 +181,11 @@ class RaceResult:
                 return f"the gradients of arm {arm.name} are zero in some step"
         first = self.arms[0]
         for arm in self.arms[1:]:
-            losses = [("held-out losses", first.training.eval_loss_before, arm.training.eval_loss_before)]
+            pairs = [("held-out losses", first.training.eval_loss_before, arm.training.eval_loss_before)]
             if all(first.training.config.get(one) == arm.training.config.get(one) for one in BATCHES):
                 steps = first.training.history[0].loss, arm.training.history[0].loss
-                losses.append(("losses of the first step", *steps))
-            for what, mine, theirs in losses:
+                pairs.append(("losses of the first step", *steps))
+            for what, mine, theirs in pairs:
                 noise = NOISE[first.training.config["dtype"]]
                 if mine is not None and theirs is not None and abs(mine - theirs) > noise * abs(mine):
                     return (
