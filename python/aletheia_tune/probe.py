@@ -48,6 +48,9 @@ _EXACT_ONLY = ("energy", "hybrid")
 FAITHFUL_BATCHES = 5
 FAITHFUL_SEED = 42
 WHOLE = -1  # in place of a matrix index: the parameter as a whole
+# float16 holds 6e-8 to 65504: a backward pass in it leaves that range at either end. The loss is scaled as PyTorch's
+# GradScaler scales it at first, and by less until every gradient is finite.
+_FIRST_SCALE, _LAST_SCALE, _BACKOFF = 2.0**16, 2.0**-16, 2.0**-4
 
 # Products y = x W (+ something): where x and W stand among the arguments and whether W is given as [out, in].
 _PRODUCTS: dict[Any, tuple[int, int, bool]] = {
@@ -81,6 +84,11 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _unscaled(gradient: Tensor, scale: float) -> Tensor:
+    """The gradient of the loss from that of scale · loss, in float32 unless they are one."""
+    return gradient if scale == 1.0 else gradient.float() / scale
 
 
 def _recall(x: Tensor) -> Callable[[], Tensor]:
@@ -131,14 +139,14 @@ class _Products(TorchFunctionMode):
     Args:
         watched: the frozen parameters to be observed, by name.
         observers: each is shown every matrix's gradient once.
+        scale: of the loss; the observers see what it is without.
     """
 
     def __init__(
-        self,
-        watched: Mapping[str, Tensor],
-        observers: Sequence[GradientObserver],
+        self, watched: Mapping[str, Tensor], observers: Sequence[GradientObserver], scale: float
     ) -> None:
         super().__init__()
+        self._scale = scale
         self._watched = {id(parameter): name for name, parameter in watched.items()}
         self._observers = observers
         self._regions: dict[tuple[str, int], _Region] = {}
@@ -214,7 +222,7 @@ class _Products(TorchFunctionMode):
         recall: list[Callable[[], Tensor]] = [_recall(x)]
 
         def receive(dy: Tensor) -> None:
-            operand = recall.pop()().reshape(x_shape)
+            operand, dy = recall.pop()().reshape(x_shape), _unscaled(dy, self._scale)
             for expert, region in zip(experts, regions, strict=True):
                 x_rows = _rows(operand[expert] if stacked else operand).to(dy.dtype)
                 dy_rows = _rows(dy[expert] if stacked else dy)
@@ -351,6 +359,11 @@ class _Norms:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         self._ordinary[name] = torch.linalg.vector_norm(gradient, dtype=wide).square()
 
+    def discard(self) -> None:
+        """Forgets the batch."""
+        self._matrices.clear()
+        self._ordinary.clear()
+
     def take(self) -> dict[str, dict[int, tuple[float, float]]]:
         """{parameter: {matrix index or WHOLE: (‖g‖², standard error)}}; then empty for the next batch."""
         norms = {
@@ -361,8 +374,7 @@ class _Norms:
             for name, regions in self._matrices.items()
         }
         norms.update({name: {WHOLE: (squared.item(), 0.0)} for name, squared in self._ordinary.items()})
-        self._matrices.clear()
-        self._ordinary.clear()
+        self.discard()
         return norms
 
 
@@ -390,6 +402,9 @@ class _Pass:
         }
         self._hooks = ExitStack()
         self._first = True
+        # Of the loss; None in dtypes that have float32's range.
+        narrow = any(parameter.dtype == torch.float16 for parameter in parameters.values())
+        self.loss_scale = _FIRST_SCALE if narrow else None
         for name in parameters.keys() - self._watched.keys():
             self._make_ordinary(name)
 
@@ -405,8 +420,9 @@ class _Pass:
 
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
+            gradient = _unscaled(parameter.grad, self.loss_scale or 1.0)
             for observer in self._observers:
-                observer.gradient(name, parameter.grad)
+                observer.gradient(name, gradient)
             parameter.grad = None
 
         parameter.requires_grad_(True)
@@ -416,7 +432,7 @@ class _Pass:
         while True:
             for observer in self._forward_observers:
                 observer.begin(batch)
-            products = _Products(self._watched, self._observers)
+            products = _Products(self._watched, self._observers, self.loss_scale or 1.0)
             with products, torch.enable_grad():
                 loss = self._model(**batch).loss
             unaccounted = products.elsewhere & self._watched.keys()
@@ -435,19 +451,27 @@ class _Pass:
         """The loss and, for each parameter that had a gradient, {matrix index or WHOLE: (‖g‖², standard error)}."""
         if self._sketch is not None:
             self._sketch.draw()
-        loss, products = self._forward(batch)
-        if loss is None:
-            raise UserError(f"probe: batch {number}: the model returned no loss; give labels")
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(
-                f"probe: batch {number}: the loss is {value}; check for a batch without labels or a dtype too narrow",
-                step=number,
-            )
-        if loss.requires_grad:
-            loss.backward()
-        products.finish()
-        return value, self._norms.take()
+        while True:
+            loss, products = self._forward(batch)
+            if loss is None:
+                raise UserError(f"probe: batch {number}: the model returned no loss; give labels")
+            value = loss.item()
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"probe: batch {number}: the loss is {value}; "
+                    "check for a batch without labels or a dtype too narrow",
+                    step=number,
+                )
+            if loss.requires_grad:
+                (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+            products.finish()
+            norms = self._norms.take()
+            finite = all(math.isfinite(squared) for each in norms.values() for squared, _ in each.values())
+            if finite or self.loss_scale is None or self.loss_scale <= _LAST_SCALE:
+                return value, norms
+            self.loss_scale *= _BACKOFF
+            for observer in self._observers:
+                observer.discard()
 
 
 def _exact(b: Tensor, a: Tensor) -> tuple[Tensor, None]:
@@ -556,7 +580,8 @@ def probe_all(
 
     The model runs in train mode, as the published probe and as training do; where it is a causal language model whose
     head allows it, logits are made for the labelled rows only. Gradient checkpointing and adapters are switched off
-    meanwhile. Everything that is changed is put back, also after an exception.
+    meanwhile. Everything that is changed is put back, also after an exception. In float16 the loss is scaled for the
+    backward pass so that no gradient overflows, and the scale taken out of the gradients in float32.
 
     Args:
         model: a transformer, bare or in PEFT, of any floating dtype, on any device.
@@ -580,7 +605,7 @@ def probe_all(
         seconds (of all methods together), loss (mean), faithful, exact, stability (mean rank correlation between single
         batches' scores), head (why the plain head was used, or None), experts (by expert parameter, the sums of
         gradient norms for each expert, zero without a backward pass), peak_memory_bytes (of the process, or of the
-        device), rank ("energy" and "hybrid"), pooling and samples ("cka").
+        device), rank ("energy" and "hybrid"), pooling and samples ("cka"), loss_scale (float16).
 
     Raises:
         UserError: no known list of layers, no batches or labels, no methods or an unknown one, a gradient that is not
@@ -673,6 +698,8 @@ def probe_all(
     }
     if experts:
         meta["experts"] = experts
+    if passes.loss_scale is not None:
+        meta["loss_scale"] = passes.loss_scale
     if not exact:
         meta["sketch_columns"] = sketch_columns
     return {

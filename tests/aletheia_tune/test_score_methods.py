@@ -20,6 +20,7 @@ from tests.probe_case import (
     bert,
     build,
     gpt2,
+    gpt_neox,
     hidden_uses,
     layer_prefix,
     llama,
@@ -419,3 +420,23 @@ def test_what_cka_cannot_tell_is_refused():
         probe(model, single, method="cka", pooling="last-content")
     with pytest.raises(UserError, match=r"attention_mask has shape \[2, 1, 12, 12\]"):
         probe(model, [{**batches[0], "attention_mask": torch.ones(2, 1, 12, 12)}], method="activation")
+
+
+@pytest.mark.parametrize("factor", [1.0, 3e3], ids=["ordinary", "beyond float16"])
+def test_float16_gradients_are_scaled_into_its_range(factor):
+    """With a head of `factor` times the weights and small hidden states before the last norm, they overflow."""
+    model = build(gpt_neox)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            small = any(part in name for part in ("embed_in", "attention.dense", "dense_4h_to_h"))
+            parameter.mul_(factor if "lm_head" in name else 0.01 if small and factor > 1 else 1.0)
+    methods = ("aletheia", "fisher", "saliency", "energy")
+    model, batches = model.half(), some_batches(model)
+    given = probe_all(model, batches, methods)
+    expected = probe_all(model.float(), batches, methods)
+    assert "loss_scale" not in expected["aletheia"].meta
+    assert (given["aletheia"].meta["loss_scale"] < 1.0) == (factor > 1)
+    for method in methods:
+        assert given[method].layers == pytest.approx(expected[method].layers, rel=2e-2), method
+    grads = gradients(model.half(), batches[:1])[0]
+    assert all(g.isfinite().all() for g in grads.values()) == (factor == 1)

@@ -56,11 +56,14 @@ class GradientObserver(Protocol):
             name: of the parameter.
             index: of the matrix in a 3-D parameter; 0 in a 2-D one.
             a: [tokens, rows of the matrix], in the dtype of the backward pass.
-            b: [tokens, columns of the matrix], likewise.
+            b: [tokens, columns of the matrix], likewise; both in float32 where the loss was scaled for a float16 pass.
         """
 
     def gradient(self, name: str, gradient: Tensor) -> None:
         """The whole gradient of a parameter that was not seen in products alone; dropped after this call."""
+
+    def discard(self) -> None:
+        """The backward pass is run again: what was seen since the last whole batch is void."""
 
 
 @runtime_checkable

@@ -75,13 +75,17 @@ class Energy(Collector):
     def _add(self, name: str, inside: Tensor) -> None:
         self._found.setdefault(name, []).append(inside)
 
+    def discard(self) -> None:
+        """Forgets what was added since the last batch."""
+        self._found.clear()
+
     def add_batch(self, norm_sq: Mapping[str, float], standard_error: Mapping[str, float]) -> None:
         """One batch is over; the squared norms are the whole energy."""
         self._inside.append(
             {name: math.fsum(part.item() for part in self._found.get(name, ())) for name in self._weights}
         )
         self._total.append({name: norm_sq.get(name, 0.0) for name in self._weights})
-        self._found.clear()
+        self.discard()
 
     @property
     def by_layer(self) -> tuple[float, ...]:

@@ -60,6 +60,10 @@ class Saliency(Collector):
     def _add(self, name: str, product: Tensor) -> None:
         self._sums.setdefault(name, []).append(product.abs_().sum())
 
+    def discard(self) -> None:
+        """Forgets what was added since the last batch."""
+        self._sums.clear()
+
     def add_batch(self, norm_sq: Mapping[str, float], standard_error: Mapping[str, float]) -> None:
         """One batch is over."""
         self.batches.append(
@@ -68,7 +72,7 @@ class Saliency(Collector):
                 for name, weight in self._weights.items()
             }
         )
-        self._sums.clear()
+        self.discard()
 
     @property
     def by_layer(self) -> tuple[float, ...]:
