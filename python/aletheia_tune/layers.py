@@ -111,7 +111,8 @@ def find_layers(model: nn.Module) -> LayerList:
     """The transformer layers of a model.
 
     They are the outermost ``nn.ModuleList`` of blocks of one class that hold linears. Where a model has several
-    (a vision tower beside a language model), the one whose length the configuration names as the number of layers.
+    (a vision tower beside a language model, an encoder under a decoder), the one inside what transformers calls its
+    decoder; failing that, the one whose length the configuration names as the number of layers.
 
     Raises:
         UserError: no such list, or several that fit equally well.
@@ -119,8 +120,8 @@ def find_layers(model: nn.Module) -> LayerList:
     root = bare_model(model)
     found: list[LayerList] = []
     for name, module in root.named_modules():
-        inside = any(name.startswith(f"{outer.path}.") for outer in found)
-        if not inside and _is_layer_list(module):
+        nested = any(name.startswith(f"{outer.path}.") for outer in found)
+        if not nested and _is_layer_list(module):
             assert isinstance(module, nn.ModuleList)
             found.append(LayerList(name, module))
     if not found:
@@ -128,6 +129,11 @@ def find_layers(model: nn.Module) -> LayerList:
             f"{type(root).__name__}: no list of transformer layers found (an nn.ModuleList of equal blocks that hold "
             "linears); give a transformer model"
         )
+    if len(found) > 1:
+        decoder = root.get_decoder() if hasattr(root, "get_decoder") else root
+        within = {id(module) for module in decoder.modules()}
+        inside = [each for each in found if id(each.layers) in within]
+        found = inside if len(inside) == 1 else found
     if len(found) > 1:
         config = _text_config(root)
         counts = {getattr(config, key, None) for key in _LAYER_COUNTS} - {None}

@@ -4,8 +4,9 @@ A layer whose parameters are frozen and whose input needs no gradient builds no 
 ends at the lowest adapted layer by itself. It does not once the embeddings' output is made to require a
 gradient, which `enable_input_require_grads` does and which gradient checkpointing turns on: every layer then
 keeps its activations and is walked through backwards, for a gradient that nobody reads. `cut_prefix` detaches
-the hidden states on their way into the first layer, and gives the reentrant checkpoint of the lowest adapted
-layer the one thing it needs, an input that requires a gradient.
+the hidden states on their way into the first layer, and what comes into the stack of layers from elsewhere (an
+encoder's output, which every layer reads), and gives the reentrant checkpoint of the lowest adapted layer the one
+thing it needs, an input that requires a gradient.
 """
 
 from __future__ import annotations
@@ -30,14 +31,21 @@ class PrefixCut:
         reason: why no cut was made; empty when one was.
     """
 
-    def __init__(self, layers: nn.ModuleList | None, lowest_layer: int | None, reason: str = "") -> None:
+    def __init__(
+        self,
+        layers: nn.ModuleList | None,
+        lowest_layer: int | None,
+        reason: str = "",
+        stack: nn.Module | None = None,
+    ) -> None:
         self.lowest_layer = lowest_layer
         self.reason = reason
         self._handles: list[RemovableHandle] = []
         self._checkpointing_off: list[nn.Module] = []
-        if layers is None or lowest_layer is None:
+        if layers is None or lowest_layer is None or stack is None:
             return
         self._prefix = list(layers)[:lowest_layer]
+        self._handles.append(stack.register_forward_pre_hook(_detach_all, with_kwargs=True))
         self._handles.append(layers[0].register_forward_pre_hook(self._enter_first, with_kwargs=True))
         # Registered after the detaching hook, which therefore runs first when the lowest layer is the first one.
         self._handles.append(layers[lowest_layer].register_forward_pre_hook(_enter_lowest, with_kwargs=True))
@@ -95,7 +103,8 @@ def cut_prefix(model: nn.Module) -> PrefixCut:
     for name, parameter in trainable.items():
         if id(parameter) not in inside and id(parameter) not in above:
             return PrefixCut(None, None, f"{name} is trainable and may feed the layers from below")
-    return PrefixCut(found.layers, lowest)
+    stack = bare_model(model).get_submodule(found.path.rpartition(".")[0])
+    return PrefixCut(found.layers, lowest, stack=stack)
 
 
 def parameters_above(model: nn.Module, layers: nn.ModuleList) -> set[int]:
@@ -113,6 +122,17 @@ def parameters_above(model: nn.Module, layers: nn.ModuleList) -> set[int]:
         elif seen_layers:
             above.add(id(parameter))
     return above
+
+
+def _detach_all(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the module around the layers, out of any graph: nothing under them is trainable."""
+
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+    return tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}
 
 
 def _enter_lowest(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

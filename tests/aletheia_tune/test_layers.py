@@ -16,10 +16,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from aletheia_tune.errors import UserError
@@ -174,3 +178,30 @@ def test_the_text_tower_of_a_model_with_two():
     with torch.device("meta"):
         model = CLIPModel(config)
     assert find_layers(model).path == "text_model.encoder.layers"
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_language_part_of_a_model_with_a_vision_tower_of_any_depth(depth):
+    vision = {
+        **TINY,
+        "num_hidden_layers": depth,
+        "image_size": 8,
+        "patch_size": 4,
+        "model_type": "clip_vision_model",
+    }
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TINY, num_key_value_heads=1))
+        )
+    assert find_layers(model).path == "model.language_model.layers"
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_decoder_above_an_encoder_of_any_depth(depth):
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_heads=2, vocab_size=31, num_layers=depth, num_decoder_layers=3
+    )
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    assert find_layers(model).path == "decoder.block"
+    assert len(linear_modules(model)) == 3 * (4 + 4 + 2)

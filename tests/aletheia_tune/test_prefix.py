@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from aletheia_tune.layers import find_layers
@@ -275,3 +277,30 @@ def test_thawing_a_prefix_layer_under_the_cut_is_an_error():
     find_layers(model).layers[0].mlp.up_proj.weight.requires_grad_()
     with pytest.raises(RuntimeError, match="after cut_prefix"):
         model(**batch())
+
+
+def test_no_backward_pass_through_an_encoder_beside_the_layers():
+    torch.manual_seed(0)
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
+    base = T5ForConditionalGeneration(
+        T5Config(vocab_size=61, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    )
+    config = LoraConfig(target_modules=r"decoder\.block\.[12]\..*\.(q|k|v)", init_lora_weights=False)
+    model = get_peft_model(base, config).train()
+    expected = gradients(model)
+    base.enable_input_require_grads()
+    reached: list[bool] = []
+
+    def watch(_layer: nn.Module, _args: object, output: tuple[Tensor, ...]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: reached.append(True))
+
+    base.encoder.block[0].register_forward_hook(watch)
+    gradients(model)
+    assert reached  # what the cut is for
+    reached.clear()
+    assert cut_prefix(model).lowest_layer == 1
+    got = gradients(model)
+    assert not reached
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
