@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -252,9 +253,12 @@ class _ActiveCache(PrefixCache):
         ]
         try:
             device = next(iter(prefix.tensors.values())).device
-            rows = self._compute({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
+            token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)}
+            rows = self._compute(token)
             if not self.reason and (rows.dim() != 3 or rows.shape[:2] != (1, 1)):
                 self.reason = "hidden states are not [batch, length, width]"
+            if not self.reason and self._more_is_read(token):
+                self.reason = "later layers read more than hidden states of earlier ones"
             if not self.reason:
                 self._store = RowStore(directory / name, rows.shape[2], rows.dtype, capacity - others)
         except BaseException:
@@ -302,9 +306,14 @@ class _ActiveCache(PrefixCache):
         if isinstance(output, Tensor):
             self._as_output = _itself
             return
-        self._as_output = lambda hidden: (hidden, *output[1:])
-        if not isinstance(output, tuple) or any(value is not None for value in output[1:]):
-            self.reason = "the layers return more than hidden states"
+        if not isinstance(output, tuple) or not all(
+            value is None or (isinstance(value, Tensor) and value.is_floating_point()) for value in output[1:]
+        ):
+            self.reason = "the layers return something other than tensors"
+            output = ()
+        # Attention weights, which nobody reads, or position biases, which later layers do: NaN shows which.
+        beside = [None if value is None else torch.full_like(value, math.nan) for value in output[1:]]
+        self._as_output = lambda hidden: (hidden, *beside)
 
     def _enter_lowest(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._computing:
@@ -338,6 +347,16 @@ class _ActiveCache(PrefixCache):
                 self._transformer(**arguments)
             assert self._rows is not None
             return self._rows
+        finally:
+            self._computing = False
+            self._rows = None
+
+    def _more_is_read(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether what the prefix's layers return beside hidden states reaches the output."""
+        self._computing = True
+        try:
+            with torch.no_grad(), self._identities(self._prefix.below):
+                return bool(self._transformer(**arguments)[0].isnan().any())
         finally:
             self._computing = False
             self._rows = None
