@@ -5,6 +5,7 @@ Facts only: which configuration, which sizes, what a batch consists of. Nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,8 @@ class Family:
         settings: arguments of `config`.
         batch: draws a batch from a generator.
         targets: ends of the names to adapt; all linears and expert parameters by default.
-        left_out: why `targets` are not all.
+        left_out: why adapters cannot be on all linears.
+        factors: by part of a parameter's name, what such parameters are multiplied with.
     """
 
     model: Any
@@ -90,14 +92,16 @@ class Family:
     batch: Callable[[torch.Generator], Batch] = text
     targets: tuple[str, ...] | None = None
     left_out: str | None = None
+    factors: dict[str, float] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> Any:
         """A random model in float32, with weights away from 0 so that no gradient is near rounding."""
         torch.manual_seed(seed)
         model = self.model(self.config(**self.settings))
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+                parameter.mul_(math.prod(by for part, by in self.factors.items() if part in name))
         return model.float()
 
 
@@ -217,7 +221,17 @@ FAMILIES: dict[str, Family] = {
             "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0,
         },
         translation,
+        left_out="of an encoder and a decoder the decoder's layers alone are scored and adapted",
     ),
     "LLaVA": Family(tf.LlavaForConditionalGeneration, _llava, GROUPED, llava_picture),
     "Qwen2.5-VL": Family(tf.Qwen2_5_VLForConditionalGeneration, _qwen_vl, GROUPED, qwen_picture),
 }  # fmt: skip
+
+# Gradients of the layers up to 2e5, from a head that multiplies them by 5000 and layers that leave the hidden states so
+# small that the last norm multiplies them by 30. The loss is finite in every dtype.
+BEYOND_FLOAT16 = Family(
+    tf.GPTNeoXForCausalLM,
+    tf.GPTNeoXConfig,
+    {**SIZE, "num_hidden_layers": 4},
+    factors={"lm_head": 5000.0, "embed_in": 0.01, "attention.dense": 0.01, "dense_4h_to_h": 0.01},
+)
