@@ -52,6 +52,7 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
+    auto = "auto"
     bfloat16 = "bfloat16"
     float32 = "float32"
 
@@ -112,7 +113,12 @@ MessagesField = Annotated[
     str | None, typer.Option(help="Field of a chat; what the assistant says is trained on.")
 ]
 MaxLength = Annotated[int, typer.Option(help="Longest example in tokens.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of the frozen weights; adapters are float32 in either.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Of the frozen weights; auto: bfloat16 where its products are fast, else float32. Adapters are float32."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps; excludes --epochs.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the examples (1 if neither is given).")]
@@ -174,7 +180,7 @@ def probe(
     batches: Annotated[int, typer.Option(help="Batches to probe with.")] = 5,
     batch_size: BatchSize = 4,
     max_length: MaxLength = 1024,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     seed: Seed = 0,
     prompt_field: PromptField = None,
     completion_field: CompletionField = None,
@@ -337,7 +343,7 @@ def cost(
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     labelled: Annotated[float, typer.Option(help="Share of the tokens that is trained on.")] = 0.5,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -389,7 +395,7 @@ def train(
     label_smoothing: Smoothing = 0.0,
     init: InitOption = Init.default,
     max_length: MaxLength = 1024,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     seed: Seed = 0,
     kernels: Annotated[
         bool, typer.Option("--kernels/--no-kernels", help="This package's operators, or PEFT's own forward.")
@@ -468,7 +474,7 @@ def compare(
     batch_size: BatchSize = 4,
     learning_rate: LearningRate = 2e-4,
     max_length: MaxLength = 1024,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.auto,
     seed: Seed = 0,
     eval_every: EvalEvery = None,
     threads: Threads = None,

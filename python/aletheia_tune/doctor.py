@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aletheia_kernels import backends, cpu, selftest
-from aletheia_tune.environment import versions
+from aletheia_tune.environment import native_dtype, versions
 
 
 def examine(console: Console) -> bool:
@@ -16,6 +16,7 @@ def examine(console: Console) -> bool:
     processor = {name: "yes" if there else "no" for name, there in cpu.features().items()}
     if cpu.unavailable_reason() is None and cpu.wrong_wish() is None:
         processor["instruction set in use"] = cpu.instruction_set()
+    processor["dtype auto is"] = native_dtype()
     console.print(_pairs("processor", processor))
     # Every device is examined, also after one whose operators fail.
     passed = [_examine_operators(console, device) for device in _devices()]

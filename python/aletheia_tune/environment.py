@@ -84,6 +84,19 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def native_dtype() -> str:
+    """What frozen weights are best kept in here: "bfloat16" where its products run at full rate, else "float32".
+
+    Without a card, that is where oneDNN has them (x86 from AVX-512 on, Arm with the bf16 extension). Elsewhere PyTorch
+    computes them in scalar loops: on an AVX2 processor, the product for a linear's input gradient took 90 times as
+    long in bfloat16 as in float32.
+    """
+    import torch
+
+    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
 def is_first_process() -> bool:
     """Whether this is the only process of a run, or the first of those that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"

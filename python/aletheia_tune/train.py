@@ -30,7 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
-from aletheia_tune.environment import is_first_process, peak_memory_mb, versions
+from aletheia_tune.environment import is_first_process, native_dtype, peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
@@ -75,7 +75,7 @@ class TrainConfig:
             gradients over the first 4 batches of a shuffle of its own (`start.gradient_start`), at a cost that counts
             as training time. B begins as 0 in either.
         seed: of the adapters' initial weights, the dropout and the order of the examples.
-        dtype: of the frozen weights, "bfloat16" or "float32".
+        dtype: of the frozen weights, "bfloat16" or "float32"; "auto" becomes whichever is fast here (`native_dtype`).
         adapter_dtype: "float32", or "frozen" for the dtype of the frozen weights: faster in PEFT's own forward, at the
             price of updates that round away.
         max_length: longest example in tokens.
@@ -109,7 +109,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     init: Literal["default", "gradient"] = "default"
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     adapter_dtype: Literal["float32", "frozen"] = "float32"
     max_length: int = 1024
     kernels: bool = True
@@ -152,8 +152,7 @@ class TrainConfig:
             check_odds(self.sampled_depth)
         if self.init not in INITS:
             raise UserError(f"init {self.init!r} is unknown: choose one of {', '.join(INITS)}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "dtype", _resolved(self.dtype))
         if self.adapter_dtype not in ("float32", "frozen"):
             raise UserError(f"adapter dtype {self.adapter_dtype!r} is unknown: choose float32 or frozen")
 
@@ -309,18 +308,26 @@ class TrainResult:
             raise UserError(f"these are not aletheia metrics of version 1: {error}") from error
 
 
+def _resolved(dtype: str) -> str:
+    if dtype == "auto":
+        return native_dtype()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
+    return dtype
+
+
 def load_model(
-    model_dir: str | os.PathLike[str], dtype: str = "bfloat16"
+    model_dir: str | os.PathLike[str], dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
 
-    Weights are read from safetensors only, and no code that comes with the model is run.
+    Weights are read from safetensors only, and no code that comes with the model is run. `dtype` is "bfloat16",
+    "float32", or "auto" for `native_dtype`.
 
     Raises:
         UserError: nothing there, not a causal language model, no tokenizer, or an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    dtype = _resolved(dtype)
     path = Path(model_dir)
     local = path.exists()
     if local and not path.is_dir():
