@@ -214,7 +214,7 @@ COLUMNS = {
 HEAD = f"""# Speed by model
 
 Made by `python benchmarks/family_speed.py --write docs/family-speed.md`. A few layers at each model's true width with
-random bf16 weights, {TOKENS} tokens, the second half labelled, rank {RANK}, AdamW; the vocabulary is cut by as much as the
+random bf16 weights, {TOKENS} tokens, half of them labelled, rank {RANK}, AdamW; the vocabulary is cut by as much as the
 layers are. PEFT's adapters are in bf16, its fastest way that needs no compiler. Every arm takes a step in turn on one
 copy of the frozen weights. A cell is PEFT's seconds over ours: the median of the rounds, the least and the largest;
 above 1 ours is faster. *Published half*: the layers that the published score prefers on this model; *upper half*: those

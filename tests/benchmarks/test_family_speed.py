@@ -11,7 +11,7 @@ def test_a_narrow_model_goes_through_every_arm(monkeypatch, name):
     size = family_speed.SIZES[name]
     narrow = dataclasses.replace(size, hidden=64, ffn=96, heads=4, key_heads=2, vocabulary=512, layers=2)
     row = family_speed.measure(narrow, steps=2)
-    assert len(row["published_layers"]) == size.layers // 2
+    assert len(row["published_layers"]) == narrow.layers // 2
     assert set(row["arms"]) == {f"{who} {plan}" for who, plan in family_speed.ARMS}
     assert "PEFT's own path" not in row["report"]
-    assert family_speed.row_of(name, row).startswith(f"| {name} | {size.layers} |")
+    assert family_speed.row_of(name, row).startswith(f"| {name} | {narrow.layers} |")
