@@ -1,4 +1,4 @@
-"""A language model small enough to train in a second, with a tokenizer and data of its own, all made here."""
+"""A model small enough to train in a second, with its own tokenizer and data; the rule that judges errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # What a shell runs in the background ignores interrupts, and so would what the tests start there and interrupt.
@@ -86,3 +88,30 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def eval_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """11 more: no multiple of a batch size, so that means of batch means would show."""
     return _write(tmp_path_factory.mktemp("data") / "eval.jsonl", 11, seed=2)
+
+
+def _relative_rms(given: Tensor, exact: Tensor) -> float:
+    scale = exact.double().norm().item() or 1.0
+    return (given.cpu().double() - exact.cpu().double()).norm().item() / scale
+
+
+@pytest.fixture
+def two_times_rule() -> Callable[..., None]:
+    """error(ours) ≤ 2 · error(plain torch in the same dtype) + 1e-5, both as relative RMS against float64.
+
+    The rounding errors of n elements average out like 1/√n, and of a few plain torch may have hardly any by luck:
+    tensors of fewer than 256 are allowed √(256 / n) units of roundoff of the dtype computed in (``plain``'s unless
+    named) besides.
+    """
+
+    def check(
+        name: str, ours: Tensor, plain: Tensor, exact: Tensor, computed_in: torch.dtype | None = None
+    ) -> None:
+        assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+        assert torch.isfinite(ours).all(), f"{name}: an element is not finite"
+        n = ours.numel()
+        slack = torch.finfo(computed_in or plain.dtype).eps * (256 / n) ** 0.5 if 0 < n < 256 else 0.0
+        error, allowed = _relative_rms(ours, exact), 2 * _relative_rms(plain, exact) + 1e-5 + slack
+        assert error <= allowed, f"{name}: relative RMS error {error:.3g}, allowed {allowed:.3g}"
+
+    return check

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aletheia_kernels.reference.gated_mlp import backward_of, forward_of
 from aletheia_kernels.triton import interpreted
 from aletheia_kernels.triton.dot import rounded
 from aletheia_kernels.triton.launch import Options, Traffic, card_for, launch
@@ -131,6 +132,18 @@ def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return product
 
 
+def _gradients(dproduct: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dgate, and dup in the memory of dproduct."""
+    dgate = torch.empty_like(dproduct)
+    _launch_by_rows(
+        gated_gradients,
+        {"gate": gate, "up": up, "dproduct": dproduct},
+        {"dgate": dgate, "dproduct": dproduct},
+        activation,
+    )
+    return dgate, dproduct
+
+
 def lora_gated_mlp_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -141,20 +154,8 @@ def lora_gated_mlp_forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`aletheia_kernels.reference.lora_gated_mlp_forward`."""
-    (gate, up), h_in = lora_group_forward(
-        x, weights[:2], biases[:2], lora_As[:2], lora_Bs[:2], scalings[:2], 0.0, None
-    )
-    (y,), h_mid = lora_group_forward(
-        _product(gate, up, activation),
-        weights[2:],
-        biases[2:],
-        lora_As[2:],
-        lora_Bs[2:],
-        scalings[2:],
-        0.0,
-        None,
-    )
-    return y, gate, up, torch.cat([h_in, h_mid], dim=1)
+    operands = x, weights, biases, lora_As, lora_Bs, scalings, activation
+    return forward_of(lora_group_forward, _product, *operands)
 
 
 def lora_gated_mlp_backward(
@@ -172,31 +173,5 @@ def lora_gated_mlp_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """As :func:`aletheia_kernels.reference.lora_gated_mlp_backward`."""
     gate, up = with_unit_columns(gate), with_unit_columns(up)
-    # Copies of a few hundred KB: the group's kernels take h as its forward made it, without gaps between rows.
-    h_in, h_mid = (
-        part.contiguous() for part in h.split([h.shape[1] - lora_As[2].shape[0], lora_As[2].shape[0]], dim=1)
-    )
-    dproduct, dA_mid, dB_mid = lora_group_backward(
-        [dy],
-        _product(gate, up, activation),
-        h_mid,
-        weights[2:],
-        lora_As[2:],
-        lora_Bs[2:],
-        scalings[2:],
-        0.0,
-        None,
-        True,
-    )
-    dgate = torch.empty_like(dproduct)
-    _launch_by_rows(
-        gated_gradients,
-        {"gate": gate, "up": up, "dproduct": dproduct},
-        {"dgate": dgate, "dproduct": dproduct},
-        activation,
-    )
-    dup = dproduct
-    dx, dAs, dBs = lora_group_backward(
-        [dgate, dup], x, h_in, weights[:2], lora_As[:2], lora_Bs[:2], scalings[:2], 0.0, None, needs_dx
-    )
-    return dx, [*dAs, *dA_mid], [*dBs, *dB_mid]
+    operands = dy, x, gate, up, h, weights, lora_As, lora_Bs, scalings, activation, needs_dx
+    return backward_of(lora_group_backward, _product, _gradients, *operands)

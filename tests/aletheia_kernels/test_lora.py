@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import linear
 
 from aletheia_kernels import cpu, lora_group
 from aletheia_kernels.backends import BackendError
 from aletheia_kernels.reference import philox
+from tests.lora_case import Case
 
 SETTINGS = settings(
     max_examples=25,
@@ -30,88 +28,6 @@ def every_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     name, _, instruction_set = request.param.partition("-")
     monkeypatch.setenv("ALETHEIA_BACKEND", name)
     monkeypatch.setenv("ALETHEIA_CPU_ISA", instruction_set)
-
-
-@dataclass
-class Case:
-    """A group of projections with everything rounded to one dtype, held in that dtype."""
-
-    x: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    lora_As: list[Tensor]
-    lora_Bs: list[Tensor]
-    scalings: list[float]
-    dropout_p: float
-    seed: Tensor
-    dys: list[Tensor]
-
-    @staticmethod
-    def draw(
-        tokens: int,
-        in_features: int,
-        projections: list[tuple[int, int, bool]],
-        dtype: torch.dtype,
-        dropout_p: float = 0.0,
-        seed: int = 0,
-    ) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, over: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
-
-        return Case(
-            x=normal(tokens, in_features),
-            weights=[normal(out, in_features, over=in_features) for out, _, _ in projections],
-            biases=[normal(out) if bias else None for out, _, bias in projections],
-            lora_As=[normal(rank, in_features, over=in_features) for _, rank, _ in projections],
-            lora_Bs=[normal(out, rank, over=rank) for out, rank, _ in projections],
-            scalings=[0.5 + 0.75 * i for i in range(len(projections))],
-            dropout_p=dropout_p,
-            seed=torch.tensor([seed * 7919 + 17]),
-            dys=[normal(tokens, out) for out, _, _ in projections],
-        )
-
-    def leaves(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> list[Tensor]:
-        adapters = adapters or dtype
-        parts = [self.x.to(dtype, copy=True)]
-        parts += [t.to(adapters, copy=True) for t in (*self.lora_As, *self.lora_Bs)]
-        return [part.requires_grad_() for part in parts]
-
-    def results(self, ys: list[Tensor], leaves: list[Tensor]) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(ys, leaves, [dy.to(y.dtype) for dy, y in zip(self.dys, ys, strict=True)])
-        n = len(self.weights)
-        names = ["dx", *(f"dA[{i}]" for i in range(n)), *(f"dB[{i}]" for i in range(n))]
-        return {f"y[{i}]": y.detach() for i, y in enumerate(ys)} | dict(zip(names, grads, strict=True))
-
-    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The definition by plain torch and its autograd, in one dtype throughout."""
-        leaves, n = self.leaves(dtype), len(self.weights)
-        x = leaves[0]
-        x_hat = x
-        if self.dropout_p:
-            keep = philox.keep_mask(self.seed, x.shape, self.dropout_p)
-            x_hat = torch.where(keep, x / (1 - self.dropout_p), torch.zeros((), dtype=dtype))
-        ys = [
-            linear(x, self.weights[i].to(dtype), None if self.biases[i] is None else self.biases[i].to(dtype))
-            + self.scalings[i] * linear(linear(x_hat, leaves[1 + i]), leaves[1 + n + i])
-            for i in range(n)
-        ]
-        return self.results(ys, leaves)
-
-    def ours(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> dict[str, Tensor]:
-        leaves, n = self.leaves(dtype, adapters), len(self.weights)
-        ys = lora_group(
-            leaves[0],
-            self.weights,
-            self.biases,
-            leaves[1 : 1 + n],
-            leaves[1 + n :],
-            self.scalings,
-            dropout_p=self.dropout_p,
-            seed=self.seed,
-        )
-        return self.results(ys, leaves)
 
 
 projections = st.lists(
@@ -135,14 +51,14 @@ projections = st.lists(
 )
 def test_equals_the_definition(every_set, two_times_rule, dtype, tokens, in_features, group, dropout_p, seed):
     case = Case.draw(tokens, in_features, group, dtype, dropout_p, seed)
-    ours, plain, exact = case.ours(dtype), case.plain(dtype), case.plain(torch.float64)
+    ours, plain, exact = case.ours(), case.plain(dtype), case.plain(torch.float64)
     for name in exact:
         two_times_rule(name, ours[name], plain[name], exact[name])
 
 
 def test_wide_master_adapters_get_gradients_in_their_own_dtype(every_set, two_times_rule):
     case = Case.draw(64, 96, [(80, 8, True), (48, 64, False)], torch.bfloat16, dropout_p=0.1)
-    ours = case.ours(torch.bfloat16, adapters=torch.float32)
+    ours = case.ours(adapters=torch.float32)
     plain, exact = case.plain(torch.bfloat16), case.plain(torch.float64)
     for name in exact:
         two_times_rule(name, ours[name], plain[name], exact[name])
@@ -178,7 +94,7 @@ def test_one_thread_and_two_agree_and_a_run_repeats(two_times_rule, dropout_p):
     results: dict[tuple[int, str], Tensor] = {}
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
-        given = case.ours(torch.bfloat16, adapters=torch.float32)
+        given = case.ours(adapters=torch.float32)
         for name in exact:
             two_times_rule(name, given[name], plain[name], exact[name])
             again = results.setdefault((threads, name), given[name])

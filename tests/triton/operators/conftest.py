@@ -49,27 +49,3 @@ def guarded(device: torch.device) -> Callable[[Tensor], Tensor]:
         return inner.copy_(tensor)
 
     return guard
-
-
-def _relative_rms(given: Tensor, exact: Tensor) -> float:
-    scale = exact.double().norm().item() or 1.0
-    return (given.cpu().double() - exact.cpu().double()).norm().item() / scale
-
-
-@pytest.fixture
-def two_times_rule() -> Callable[..., None]:
-    """error(ours) ≤ 2 · error(plain torch in the same dtype) + 1e-5, both as relative RMS against float64.
-
-    Tensors of fewer than 256 elements are allowed √(256 / n) units of roundoff besides, since the few roundings of
-    plain torch may cancel by luck.
-    """
-
-    def check(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-        assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
-        assert torch.isfinite(ours).all(), f"{name}: an element is not finite"
-        n = ours.numel()
-        slack = torch.finfo(plain.dtype).eps * (256 / n) ** 0.5 if 0 < n < 256 else 0.0
-        error, allowed = _relative_rms(ours, exact), 2 * _relative_rms(plain, exact) + 1e-5 + slack
-        assert error <= allowed, f"{name}: relative RMS error {error:.3g}, allowed {allowed:.3g}"
-
-    return check

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
 
-from aletheia_kernels import lora_gated_mlp
 from aletheia_kernels.gated_mlp import ACTIVATIONS
 from aletheia_kernels.triton import gated_mlp
 from aletheia_kernels.triton.cards import CARDS
 from aletheia_kernels.triton.launch import recording
+from tests.gated_mlp_case import Case
 
 SETTINGS = settings(
     max_examples=4,
@@ -25,72 +22,6 @@ SETTINGS = settings(
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
-
-
-@dataclass
-class Case:
-    """A gated MLP with everything rounded to one dtype."""
-
-    x: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    lora_As: list[Tensor]
-    lora_Bs: list[Tensor]
-    dy: Tensor
-    activation: str
-    scalings = (0.5, 1.25, 2.0)
-
-    @staticmethod
-    def draw(tokens, sizes, ranks, dtype, activation="silu", bias=False, seed=0) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, over: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
-
-        hidden, width, out = sizes
-        shapes = [(width, hidden), (width, hidden), (out, width)]
-        return Case(
-            normal(tokens, hidden),
-            [normal(*shape, over=shape[1]) for shape in shapes],
-            [normal(shape[0]) if bias else None for shape in shapes],
-            [normal(r, shape[1], over=shape[1]) for r, shape in zip(ranks, shapes, strict=True)],
-            [normal(shape[0], r, over=max(r, 1)) for r, shape in zip(ranks, shapes, strict=True)],
-            normal(tokens, out),
-            activation,
-        )
-
-    def results(self, y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
-        names = ["dx", *(f"dA[{i}]" for i in range(3)), *(f"dB[{i}]" for i in range(3))]
-        grads = torch.autograd.grad(y, leaves, self.dy.to(y))
-        return {"y": y.detach()} | dict(zip(names, grads, strict=True))
-
-    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The definition by plain torch and its autograd, in one dtype throughout."""
-        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (self.x, *self.lora_As, *self.lora_Bs)]
-
-        def project(i: int, z: Tensor) -> Tensor:
-            bias = self.biases[i]
-            base = linear(z, self.weights[i].to(dtype), None if bias is None else bias.to(dtype))
-            return base + self.scalings[i] * linear(linear(z, leaves[1 + i]), leaves[4 + i])
-
-        gate, up = project(0, leaves[0]), project(1, leaves[0])
-        active = silu(gate) if self.activation == "silu" else gelu(gate, approximate="tanh")
-        return self.results(project(2, active * up), leaves)
-
-    def ours(self, place, adapters: torch.dtype | None = None) -> dict[str, Tensor]:
-        """By the operator, every operand put where ``place`` puts it."""
-        parts = [self.x, *(t.to(adapters or t.dtype) for t in (*self.lora_As, *self.lora_Bs))]
-        leaves = [place(t).detach().requires_grad_() for t in parts]
-        y = lora_gated_mlp(
-            leaves[0],
-            [place(w) for w in self.weights],
-            [None if b is None else place(b) for b in self.biases],
-            leaves[1:4],
-            leaves[4:],
-            self.scalings,
-            activation=self.activation,
-        )
-        return self.results(y, leaves)
 
 
 @DTYPES
@@ -180,8 +111,10 @@ def test_activations_move_each_tensor_once():
     x, gate, h = meta(tokens, hidden), meta(tokens, width), meta(tokens, 3 * r).float()
     with recording(CARDS["sm_90"]) as recorded:
         weights, lora_As, lora_Bs = operands
-        gated_mlp.lora_gated_mlp_forward(x, weights, [None] * 3, lora_As, lora_Bs, Case.scalings, "silu")
-        gated_mlp.lora_gated_mlp_backward(x, x, gate, gate.clone(), h, *operands, Case.scalings, "silu", True)
+        gated_mlp.lora_gated_mlp_forward(x, weights, [None] * 3, lora_As, lora_Bs, [0.5, 1.25, 2.0], "silu")
+        gated_mlp.lora_gated_mlp_backward(
+            x, x, gate, gate.clone(), h, *operands, [0.5, 1.25, 2.0], "silu", True
+        )
     moved = {
         name: sum(
             launch.traffic.read + launch.traffic.written

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import linear
 
-from aletheia_kernels import lora_group, triton
-from aletheia_kernels.reference import philox
+from aletheia_kernels import triton
 from aletheia_kernels.triton import lora
 from aletheia_kernels.triton.cards import CARDS
 from aletheia_kernels.triton.launch import recording
+from tests.lora_case import Case
 
 SETTINGS = settings(
     max_examples=4,
@@ -26,79 +23,6 @@ SETTINGS = settings(
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
-
-
-@dataclass
-class Case:
-    """A group of projections (out, rank, whether it has a bias) with everything rounded to one dtype."""
-
-    x: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    lora_As: list[Tensor]
-    lora_Bs: list[Tensor]
-    scalings: list[float]
-    dropout_p: float
-    seed: Tensor
-    dys: list[Tensor]
-
-    @staticmethod
-    def draw(tokens, features, group, dtype, dropout_p=0.0, seed=0) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, over: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
-
-        return Case(
-            normal(tokens, features),
-            [normal(out, features, over=features) for out, _, _ in group],
-            [normal(out) if bias else None for out, _, bias in group],
-            [normal(rank, features, over=features) for _, rank, _ in group],
-            [normal(out, rank, over=max(rank, 1)) for out, rank, _ in group],
-            [0.5 + 0.75 * i for i in range(len(group))],
-            dropout_p,
-            torch.tensor([seed * 7919 + 17]),
-            [normal(tokens, out) for out, _, _ in group],
-        )
-
-    def results(self, ys: list[Tensor], leaves: list[Tensor], dys: list[Tensor]) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(ys, leaves, dys)
-        n = len(self.weights)
-        names = ["dx", *(f"dA[{i}]" for i in range(n)), *(f"dB[{i}]" for i in range(n))]
-        return {f"y[{i}]": y.detach() for i, y in enumerate(ys)} | dict(zip(names, grads, strict=True))
-
-    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The definition by plain torch and its autograd, in one dtype throughout."""
-        n = len(self.weights)
-        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (self.x, *self.lora_As, *self.lora_Bs)]
-        x = x_hat = leaves[0]
-        if self.dropout_p:
-            keep = philox.keep_mask(self.seed, x.shape, self.dropout_p)
-            x_hat = torch.where(keep, x / (1 - self.dropout_p), torch.zeros((), dtype=dtype))
-        ys = []
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            base = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-            low_rank = linear(linear(x_hat, leaves[1 + i]), leaves[1 + n + i])
-            ys.append(base + self.scalings[i] * low_rank)
-        return self.results(ys, leaves, [dy.to(dtype) for dy in self.dys])
-
-    def ours(self, place, adapters: torch.dtype | None = None, x=None, dys=None) -> dict[str, Tensor]:
-        """By the operator, every operand put where ``place`` puts it; ``x`` and ``dys`` as they are, if given."""
-        n = len(self.weights)
-        parts = [t.to(adapters or t.dtype) for t in (*self.lora_As, *self.lora_Bs)]
-        leaves = [(place(self.x) if x is None else x).detach().requires_grad_()]
-        leaves += [place(t).detach().requires_grad_() for t in parts]
-        ys = lora_group(
-            leaves[0],
-            [place(w) for w in self.weights],
-            [None if b is None else place(b) for b in self.biases],
-            leaves[1 : 1 + n],
-            leaves[1 + n :],
-            self.scalings,
-            dropout_p=self.dropout_p,
-            seed=place(self.seed),
-        )
-        return self.results(ys, leaves, [place(dy) for dy in self.dys] if dys is None else dys)
 
 
 def check(case: Case, ours: dict[str, Tensor], dtype: torch.dtype, rule) -> None:
