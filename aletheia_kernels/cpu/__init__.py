@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from aletheia_kernels.cpu import experts
+
 # From the compiler's baseline to the widest: a processor that offers one offers those before it.
 INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,8 +46,6 @@ def refusal(operator: str, dtype: torch.dtype) -> str | None:
     """Why the compiled operators cannot serve this one in this dtype; None when they can."""
     if dtype not in DTYPES:
         return f"it has no {dtype}"
-    if operator == "lora_experts":
-        return "its C++ operators have no experts"
     reason = unavailable_reason()
     if reason is None and operator == "range_attention":
         if dtype != torch.bfloat16:
@@ -96,6 +96,21 @@ def features() -> dict[str, bool]:
     return {name: name in offered_instruction_sets() for name in INSTRUCTION_SETS[1:]}
 
 
+class _Operators:
+    """The compiled operators, found when first asked for, and what is composed of them."""
+
+    lora_experts_forward = staticmethod(experts.lora_experts_forward)
+    lora_experts_backward = staticmethod(experts.lora_experts_backward)
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(torch.ops.aletheia_cpu, name)
+        setattr(self, name, operator)
+        return operator
+
+
+_operators = _Operators()
+
+
 def operators() -> Any:
-    """The compiled operators, under the names and with the signatures of :mod:`aletheia_kernels.reference`."""
-    return torch.ops.aletheia_cpu
+    """The operators, under the names and with the signatures of :mod:`aletheia_kernels.reference`."""
+    return _operators

@@ -17,6 +17,12 @@ from transformers.pytorch_utils import Conv1D
 import aletheia_kernels
 from aletheia_tune.dora import is_dora, magnitude_over_norm
 from aletheia_tune.errors import UserError
+from aletheia_tune.experts import (
+    ExpertsForward,
+    experts_state_reason,
+    experts_structural_reason,
+    find_experts,
+)
 from aletheia_tune.gated_mlp import PARTS, apply_gated_mlps
 from aletheia_tune.lora_layers import (
     Replacement,
@@ -187,14 +193,15 @@ def _example_inputs(model: nn.Module) -> dict[str, Any] | None:
 def apply_kernels(
     model: nn.Module, *, example_inputs: Mapping[str, Any] | None = None, strict: bool = False
 ) -> PatchReport:
-    """Swaps the forward of a PEFT model's LoRA linears for the operator, in place.
+    """Swaps the forward of a PEFT model's LoRA linears and experts for the operators, in place.
 
     Siblings (q, k, v; gate, up) are found by observing one small forward pass: layers of one parent module that
-    receive the same tensor become one call. A gated MLP is one call from end to end, with adapters or without. PEFT
-    keeps its parameters, so saving, loading, merging and switching adapters are untouched; a state that the operator
-    does not compute (several active adapters, adapters disabled or merged, variants other than DoRA, hooks on the
-    base layer, a weight in another dtype than its input) runs PEFT's own forward. Calling it again on a patched model
-    patches it afresh.
+    receive the same tensor become one call. A gated MLP is one call from end to end, with adapters or without. Of
+    stacked experts (`target_parameters`) each computes its own tokens, one call a projection. PEFT keeps its
+    parameters, so saving, loading, merging and switching adapters are untouched; a state that the operator does not
+    compute (several active adapters, adapters disabled or merged, variants other than DoRA, hooks on the base layer, a
+    weight in another dtype than its input) runs PEFT's own forward. Calling it again on a patched model patches it
+    afresh.
 
     Args:
         model: a PEFT model with LoRA adapters, or any module that contains LoRA layers.
@@ -214,6 +221,13 @@ def apply_kernels(
     if not adapted:
         raise UserError("apply_kernels: the model has no LoRA layer; wrap it with peft.get_peft_model first")
     reasons = {name: structural_reason(layer) or state_reason(layer) for name, layer in adapted.items()}
+    experts = []
+    for named in find_experts(model):
+        wrappers = list(named.values())
+        reason = experts_structural_reason(wrappers)
+        if reason is None:
+            experts.append(wrappers)
+        reasons.update(dict.fromkeys(named, reason or experts_state_reason(wrappers)))
     if strict and (slow := [f"{name}: {reason}" for name, reason in reasons.items() if reason]):
         raise UserError(
             f"apply_kernels(strict=True): {len(slow)} adapted modules stay on PEFT's path, the first {slow[0]}"
@@ -241,6 +255,9 @@ def apply_kernels(
     for name, layer in layers.items():
         group = siblings_of.get(name)
         layer.forward = _KernelForward(layer, shared[group] if group else None)
+    for wrappers in experts:
+        outermost: Any = wrappers[0]
+        outermost.forward = ExpertsForward(wrappers)
     with undisturbed(model):
         mlps = apply_gated_mlps(model)
     for mlp in mlps:

@@ -66,6 +66,10 @@ def test_ranks_wider_than_a_block(check):
     assert not ours["dB"][2, :, 16:].any()
 
 
+def test_experts_without_adapters_have_rank_zero(check):
+    check(Case.draw((20, 0, 9), (0, 0, 0), 24, 20, torch.float32, spare=3), torch.float32)
+
+
 def test_wide_master_adapters_in_pefts_layout(check):
     case = Case.draw((20, 0, 31), (3, 5, 16), 48, 40, torch.bfloat16)
     case.lora_B = case.lora_B.permute(1, 2, 0).contiguous().permute(2, 0, 1)

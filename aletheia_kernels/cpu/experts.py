@@ -1,0 +1,110 @@
+"""One LoRA projection of every expert of a mixture: the compiled LoRA operator on the rows of each that has any.
+
+The mathematics stands in :mod:`aletheia_kernels.reference.experts`. Everything wide happens inside that operator, which
+reads W_e once for the rows of e and adds the low-rank part to the same sums; a call costs some tens of microseconds
+beside it. An expert without rows costs nothing. Where the vendor library does not multiply the dtype, an expert's rows
+and weight are widened for its products and dropped after them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from aletheia_kernels.dtypes import accumulation_dtype
+from aletheia_kernels.reference.experts import each_expert
+
+
+@cache
+def _dtype_of_products(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision that oneDNN has no products of here; elsewhere the dtype itself.
+
+    oneDNN has bfloat16 from AVX-512 on and float16 from AVX512-FP16 on. Without it torch multiplies by its own loops,
+    far more slowly than it converts a weight.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    if not torch.backends.mkldnn.is_available():
+        return torch.float32
+    library = torch.ops.mkldnn
+    has = library._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported
+    return dtype if has() else torch.float32
+
+
+def _dense(factor: Tensor) -> Tensor:
+    """A factor [experts, m, n] with every expert's part contiguous; itself where it is so already.
+
+    PEFT's B lies with the expert as its last axis. As one matrix it is a transposed one, which torch copies in blocks;
+    taken apart by expert, every cache line would be read again for each of the experts that share it.
+    """
+    return factor.flatten(1).contiguous().view(factor.shape)
+
+
+def _laid_as(factor: Tensor, gradient: Tensor) -> Tensor:
+    """A dense gradient in the strides of its factor."""
+    if gradient.stride() == factor.stride():
+        return gradient
+    transposed = gradient.flatten(1).T.contiguous().T.view(factor.shape)
+    if transposed.stride() == factor.stride():
+        return transposed
+    return torch.empty_like(factor).copy_(gradient)
+
+
+def lora_experts_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scalings: Tensor,
+    offs: Tensor,
+    ranks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y [tokens, out], and h [tokens, R] in x's dtype, from x [tokens, in]."""
+    forward = torch.ops.aletheia_cpu.lora_group_forward
+    lora_A, lora_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
+    wide = _dtype_of_products(x.dtype)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    h = x.new_zeros(x.shape[0], lora_A.shape[1])
+    for expert, rows, rank in each_expert(lora_A, offs, ranks):
+        if rows.start < rows.stop:
+            factors = [lora_A[expert, :rank]], [lora_B[expert, :, :rank]]
+            (y[rows],), h[rows, :rank] = forward(
+                x[rows].to(wide), [weight[expert].to(wide)], [None], *factors, [scales[expert]], 0.0, None
+            )
+    y[int(offs[-1]) :].zero_()
+    return y, h
+
+
+def lora_experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scalings: Tensor,
+    offs: Tensor,
+    ranks: Tensor | None,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [tokens, in] (empty when not needed), dA and dB as A and B are: dtype, shape and strides."""
+    backward = torch.ops.aletheia_cpu.lora_group_backward
+    dense_A, dense_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
+    wide, sums = _dtype_of_products(x.dtype), accumulation_dtype(x.dtype)
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    dA = dense_A.new_zeros(dense_A.shape)
+    dB = dense_B.new_zeros(dense_B.shape)
+    for expert, rows, rank in each_expert(lora_A, offs, ranks):
+        if rows.start < rows.stop:
+            factors = [dense_A[expert, :rank]], [dense_B[expert, :, :rank]]
+            own, (dA[expert, :rank],), (dB[expert, :, :rank],) = backward(
+                [dy[rows].to(wide)], x[rows].to(wide), h[rows, :rank].to(sums), [weight[expert].to(wide)],
+                *factors, [scales[expert]], 0.0, None, needs_dx
+            )  # fmt: skip
+            if needs_dx:
+                dx[rows] = own
+    if needs_dx:
+        dx[int(offs[-1]) :].zero_()
+    return dx, _laid_as(lora_A, dA), _laid_as(lora_B, dB)
