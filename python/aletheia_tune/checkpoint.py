@@ -56,8 +56,8 @@ def check_output(out_dir: str | os.PathLike[str], overwrite: bool, resume: bool)
         resume: go on from the checkpoint.
 
     Returns:
-        Whether a directory that is there may be replaced: with `overwrite`, and with `resume` where it holds the adapter
-        of a training that was stopped on the way.
+        Whether a directory that is there may be replaced: with `overwrite`, and with `resume` where it holds the
+        adapter of a training that was stopped on the way.
 
     Raises:
         UserError: the directory is taken, or a checkpoint lies beside it that neither flag speaks of.
@@ -207,7 +207,8 @@ class Checkpoint:
         for device in _devices(adapters.values()):
             tensors[f"random {device}"] = torch.get_device_module(device).get_rng_state(device)
         tensors.update({f"random {name}": one.get_state() for name, one in generators.items()})
-        name, keys, *rest = np.random.get_state()
+        # The global one, legacy or not, is what other people's callbacks and collators draw from.
+        name, keys, *rest = np.random.get_state()  # noqa: NPY002
         state = {
             "groups": content["param_groups"],
             "scheduler": scheduler.state_dict(),
@@ -247,7 +248,9 @@ class Checkpoint:
                     )
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"checkpoint {path} cannot be read, it is cut short or something else: {error}") from None
+            raise UserError(
+                f"checkpoint {path} cannot be read, it is cut short or something else: {error}"
+            ) from None
         if metadata.get("checksum") != _checksum(tensors):
             raise UserError(f"checkpoint {path} was altered since it was written: its checksum does not fit")
         try:
@@ -267,7 +270,9 @@ class Checkpoint:
         for key in {**self.identity, **identity}:
             there, here = self.identity.get(key), identity.get(key)
             if isinstance(there, dict) and isinstance(here, dict):
-                changed = next((name for name in {**there, **here} if there.get(name) != here.get(name)), None)
+                changed = next(
+                    (name for name in {**there, **here} if there.get(name) != here.get(name)), None
+                )
                 if changed is not None:
                     raise UserError(
                         f"checkpoint {path} is of another training: {changed} is {there.get(changed)} there and "
@@ -305,7 +310,7 @@ class Checkpoint:
         """Give the global generators and these the states that they had."""
         version, keys, gauss = self.state["python"]
         random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(tuple(self.state["numpy"]))
+        np.random.set_state(tuple(self.state["numpy"]))  # noqa: NPY002
         torch.random.set_rng_state(self.tensors["random torch"])
         if f"random {device}" in self.tensors:
             torch.get_device_module(device).set_rng_state(self.tensors[f"random {device}"], device)
@@ -362,9 +367,7 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _examples(examples: Iterable[Example]) -> str:
-    return _digest(
-        [json.dumps([list(one["input_ids"]), list(one["labels"])]).encode() for one in examples]
-    )
+    return _digest([json.dumps([list(one["input_ids"]), list(one["labels"])]).encode() for one in examples])
 
 
 def _digest(parts: Iterable[bytes | memoryview]) -> str:

@@ -159,7 +159,8 @@ EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between evaluations; before and after only if not given.")
 ]
 CheckpointEvery = Annotated[
-    int | None, typer.Option(help="Steps between checkpoints, from which --resume goes on; none if not given.")
+    int | None,
+    typer.Option(help="Steps between checkpoints, from which --resume goes on; none if not given."),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint beside --out, or begin if there is none.")

@@ -629,8 +629,9 @@ class _Run(TrainerCallback):
             self._before_update = [parameter.clone() for parameter in self.adapters]
             torch._foreach_copy_(self._before_update, found.weights("good", named))
         self.worth_keeping = True
-        # The Trainer finds the place in the data by the step count in a file of its own; the rest it asks `_Trainer` for.
-        state = TrainerState(global_step=found.step)
+        # The Trainer reads the step count from a file of its own, for the place in the data; for the rest it asks
+        # `_Trainer`.
+        state = TrainerState(global_step=found.step, train_batch_size=trainer.args.train_batch_size)
         state.compute_steps(trainer.args, trainer.args.max_steps)
         with tempfile.TemporaryDirectory() as place:
             state.save_to_json(str(Path(place) / "trainer_state.json"))

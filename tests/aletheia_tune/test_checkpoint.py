@@ -1,4 +1,4 @@
-"""Checkpoints: a training that was killed goes on to the adapter of one that was not, and nothing else is taken for one."""
+"""Checkpoints: a killed training goes on to the adapter of an undisturbed one; nothing else passes for a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
 from aletheia_tune import files
 from aletheia_tune.checkpoint import Checkpoint, beside
+from aletheia_tune.cli import app
 from aletheia_tune.data import load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import Plan, uniform_plan
@@ -28,7 +30,13 @@ from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
 
 # Six steps an epoch.
 CONFIG = TrainConfig(
-    steps=14, batch_size=8, learning_rate=1e-2, dtype="float32", progress=False, checkpoint_every=4, eval_every=5
+    steps=14,
+    batch_size=8,
+    learning_rate=1e-2,
+    dtype="float32",
+    progress=False,
+    checkpoint_every=4,
+    eval_every=5,
 )
 
 Tune = Callable[..., TrainResult]
@@ -65,7 +73,9 @@ def break_weights(model: Any) -> None:
 
 @pytest.fixture
 def plan(tiny_model_dir: Path) -> Plan:
-    return dataclasses.replace(uniform_plan(load_model(tiny_model_dir)[0], rank=3, layers=[2, 3]), dropout=0.2)
+    return dataclasses.replace(
+        uniform_plan(load_model(tiny_model_dir)[0], rank=3, layers=[2, 3]), dropout=0.2
+    )
 
 
 @pytest.fixture
@@ -164,7 +174,9 @@ def test_overwrite_begins_anew(tune, tmp_path):
 
 def test_not_finite_leaves_the_checkpoint_and_the_last_good_adapter(tune, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(NonFiniteLoss, match=r"step 5; .* after 3 good updates is in .* after step 4, from") as caught:
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 5; .* after 3 good updates is in .* after step 4, from"
+    ) as caught:
         tune(out, callbacks=[At(5, break_weights)])
     assert "\n" not in str(caught.value)
     kept = bits(out)
@@ -200,7 +212,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(tune, tmp_path, monkeypatch)
         earlier.append(beside(out).read_bytes())
         monkeypatch.setattr(files, "_write", full)
 
-    with pytest.raises(UserError, match="no space left to write .*; what was there is kept") as caught:
+    with pytest.raises(UserError, match=r"no space left to write .*; what was there is kept") as caught:
         tune(out, callbacks=[At(6, fill)])
     assert "\n" not in str(caught.value)
     assert [beside(out).read_bytes()] == earlier
@@ -281,7 +293,7 @@ def test_several_processes_are_refused(tune, tmp_path, monkeypatch):
 
 def test_the_command_is_terminated_and_goes_on(tmp_path, tiny_model_dir, train_file, eval_file, plan):
     (tmp_path / "plan.json").write_text(plan.to_json())
-    arguments = [sys.executable, "-m", "aletheia_tune", "train"]
+    arguments = ["train"]
     for name, value in {
         "model": tiny_model_dir,
         "train": train_file,
@@ -290,15 +302,19 @@ def test_the_command_is_terminated_and_goes_on(tmp_path, tiny_model_dir, train_f
         "out": tmp_path / "out",
         "dtype": "float32",
         "threads": 1,
-        "steps": 200,
+        "steps": 60,
         "checkpoint-every": 1,
     }.items():
         arguments += [f"--{name}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aletheia_tune", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("step 20/"):
+        if line.startswith("step 12/"):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stderr.read().splitlines()
@@ -306,9 +322,9 @@ def test_the_command_is_terminated_and_goes_on(tmp_path, tiny_model_dir, train_f
     assert rest[-1].startswith("aletheia: interrupted after step ")
     assert "the same command with --resume goes on after step " in rest[-1]
     assert "Traceback" not in "\n".join(rest)
-    done = subprocess.run([*arguments, "--resume"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[0].startswith("training goes on after step ")
+    done = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("training goes on after step ")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert [record["step"] for record in metrics["history"]] == list(range(1, 201))
+    assert [record["step"] for record in metrics["history"]] == list(range(1, 61))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json"]

@@ -15,7 +15,9 @@ fork keeps. The arms of a race are spawned in use and forked here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -40,6 +42,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil
 import torch
+import transformers
 from fuzz import tokenizer
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -65,6 +68,7 @@ CONFIG = TrainConfig(
     threads=1,
     progress=False,
 )
+ENDED = "ended before"
 TRAININGS: tuple[dict[str, Any], ...] = (
     {"lora_plus": 4.0},
     {"gradient_accumulation": 2, "group_by_length": True, "schedule": "cosine"},
@@ -139,7 +143,9 @@ def make_files(directory: Path) -> None:
     (directory / "task.toml").write_text(TASK)
 
 
-def train(given: Path, settings: dict[str, Any], plan: Plan, place: Path, callbacks: Sequence[Any] = ()) -> None:
+def train(
+    given: Path, settings: dict[str, Any], plan: Plan, place: Path, callbacks: Sequence[Any] = ()
+) -> None:
     out = place / "out"
     if (out / "metrics.json").exists() and not json.loads((out / "metrics.json").read_text())["stopped"]:
         return
@@ -189,7 +195,8 @@ def forked(act: Callable[[], object], said: Path) -> int:
     """The process id of a child, leader of a group, that does this and exits as the command line would."""
     child = os.fork()
     if child:
-        os.setpgid(child, child)
+        with contextlib.suppress(OSError):  # it has ended already
+            os.setpgid(child, child)
         return child
     code = 1
     try:
@@ -284,6 +291,15 @@ def fill_disk(size: int, model: Any = None) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def on_a_full_disk(size: int, act: Callable[[], object]) -> None:
+    fill_disk(size)
+    act()
+
+
+def has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 class Trials:
     """Disturbs works, has them go on, and keeps account.
 
@@ -292,13 +308,17 @@ class Trials:
         lost: what did not come out as it should.
     """
 
-    def __init__(self, of: list[Work], scratch: Path, draw: random.Random) -> None:
+    def __init__(self, of: list[Work], scratch: Path, seed: int) -> None:
         self.works = of
         self.scratch = scratch
-        self.draw = draw
+        self.seed = seed
         self.counts: dict[str, dict[str, Counter[str]]] = {}
         self.lost: list[dict[str, Any]] = []
         self.number = 0
+
+    def draw(self, kind: str, index: int) -> random.Random:
+        """What a trial draws from, whatever happened in the trials before."""
+        return random.Random(f"{self.seed} {kind} {index}")
 
     def place(self) -> Path:
         self.number += 1
@@ -338,98 +358,104 @@ class Trials:
             raise SystemExit(f"cache: without one another adapter is trained {said}")
 
     def kill(self, count: int) -> None:
-        """So many kills; what had ended before it was to be killed does not count."""
-        order = [work for work in self.works if work.name != "train"]
+        """So many kills, in every fourth trial two of them; what had ended before does not count."""
         killed = 0
-        while killed < count:
-            trainings = [work for work in self.works if work.name == "train"]
-            work = [self.draw.choice(trainings), *order][self.number % 3]
-            place, alive, ways = self.place(), True, []
-            for _ in range(self.draw.choice((1, 1, 1, 2))):
-                if alive and killed < count:
-                    way = self._kill_once(work, place)
-                    alive = way != "ended before"
-                    ways.append(way)
-                    killed += alive
-            bad = next((way for way in ways if "ended with" in way), None)
-            self._go_on("kill", work, place, ways, bad)
+        for index in itertools.count():
+            if killed == count:
+                return
+            draw = self.draw("kill", index)
+            work = [draw.choice(self.works[:-2]), *self.works[-2:]][index % 3]
+            place, ways = self.place(), [""]
+            for _ in range(2 if index % 4 == 3 else 1):
+                if killed < count and ways[-1] != ENDED:
+                    ways.append(self._kill_once(work, place, draw))
+                    killed += ways[-1] != ENDED
+            wrong = next((way for way in ways if "code" in way), None)
+            self._go_on("kill", work, place, ways[1:], wrong)
 
-    def _kill_once(self, work: Work, place: Path) -> str:
-        draw = self.draw
+    def _kill_once(self, work: Work, place: Path, draw: random.Random) -> str:
         if work.writes and draw.random() < 0.5:
             act = partial(die_in_write, draw.randrange(work.writes), draw.random(), partial(work.run, place))
             code, _ = self.do(work, place, act)
-            return "in a write" if code == -signal.SIGKILL else "ended before"
-        child = forked(partial(work.run, place), place / "said")
-        until = time.perf_counter() + draw.uniform(0, work.seconds)
-        while time.perf_counter() < until:
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                break
-            time.sleep(1e-3)
-        arms = psutil.Process(child).children() if work.name == "race" else []
-        if arms and draw.random() < 0.5:
-            os.kill(draw.choice(arms).pid, signal.SIGKILL)
+            way, as_killed = "in a write", -signal.SIGKILL
+        else:
+            child = forked(partial(work.run, place), place / "said")
+            until = time.perf_counter() + draw.uniform(0, work.seconds)
+            while time.perf_counter() < until and not has_ended(child):
+                time.sleep(1e-3)
+            arms = psutil.Process(child).children() if work.name == "race" and draw.random() < 0.5 else []
+            if arms:
+                os.kill(draw.choice(arms).pid, signal.SIGKILL)
+                way, as_killed = "one arm", 2
+            else:
+                os.killpg(child, signal.SIGKILL)
+                way, as_killed = "after a time", -signal.SIGKILL
             code = outcome(child)
-            # In the moment between an arm's result and its end nobody misses it.
-            return {2: "one arm", 0: "ended before"}.get(code, f"one arm, and ended with {code}")
-        os.killpg(child, signal.SIGKILL)
-        return "after a time" if outcome(child) == -signal.SIGKILL else "ended before"
+        # In the moment between an arm's result and its end nobody misses it.
+        return {as_killed: way, 0: ENDED}.get(code, f"{way}, with code {code}")
 
     def fill(self, count: int) -> None:
         """A disk that is full: of a training from a random step on, of a race from the start."""
         for index in range(count):
-            work = [self.draw.choice(self.works[:-2]), *self.works[-2:]][index % 3]
+            draw = self.draw("disk_full", index)
+            work = [draw.choice(self.works[:-2]), *self.works[-2:]][index % 3]
             place = self.place()
             largest = max(len(value) for value in work.expected.values() if isinstance(value, bytes))
-            size, step = self.draw.randrange(3 * largest), self.draw.randint(1, STEPS)
+            size, step = draw.randrange(6 * largest), draw.randint(1, STEPS)
             if work.name == "race":
-                code, said = self.do(work, place, lambda w=work, p=place, s=size: (fill_disk(s), w.run(p)))  # type: ignore[misc]
+                code, said = self.do(work, place, partial(on_a_full_disk, size, partial(work.run, place)))
                 kept = True
             else:
                 at = AtStep(step, partial(fill_disk, size))
                 code, said = self.do(work, place, partial(work.run, place, [at]))
-                # Written before the disk was full, and whole.
-                file = checkpoint.beside(place / "out")
-                kept = code == 0 or (step - 1 < EVERY and not file.exists()) or (
-                    checkpoint.Checkpoint.read(file).step >= (step - 1) // EVERY * EVERY
-                )
+                kept = code == 0 or last_checkpoint(place) >= (step - 1) // EVERY * EVERY
             ended = "ran out of space" if code == 2 else "had enough space"
             right = code == 0 or (code == 2 and "no space left" in said and "\n" not in said)
-            self._go_on("disk_full", work, place, [ended], None if right and kept else f"exit {code}: {said}")
+            self._go_on("disk_full", work, place, [ended], None if right and kept else f"code {code}: {said}")
 
     def break_batches(self, count: int) -> None:
         """A batch of NaN at a random step: the last good adapter is kept, and training goes on from a checkpoint."""
         for index in range(count):
-            work = [self.draw.choice(self.works[:-2]), self.works[-2]][index % 2]
+            draw = self.draw("nan_batch", index)
+            work = [draw.choice(self.works[:-2]), self.works[-2]][index % 2]
             # In the first epoch: later the cache would serve what the broken activations would have led to.
-            place, step = self.place(), self.draw.randint(1, STEPS if work.name == "train" else STEPS // 2)
+            place, step = self.place(), draw.randint(1, STEPS if work.name == "train" else STEPS // 2)
             code, said = self.do(work, place, partial(work.run, place, [AtStep(step, break_batch)]))
-            good, expected = load_file(place / "out" / "adapter_model.safetensors"), work.trained[max(step - 2, 0)]
-            right = (
-                code == 2
-                and f"at step {step}" in said
-                and good.keys() == expected.keys()
-                and all(torch.equal(good[name], expected[name]) for name in good)
-            )
-            self._go_on("nan_batch", work, place, ["stopped"], None if right else f"exit {code}: {said}")
+            right = code == 2 and f"at step {step}" in said and "\n" not in said
+            # Good is what gave a finite loss: not yet what the last update made.
+            if right and not holds(place / "out", work.trained[max(step - 2, 0)]):
+                right, said = False, "what was kept is not the last good adapter"
+            self._go_on("nan_batch", work, place, ["stopped"], None if right else f"code {code}: {said}")
 
     def _go_on(self, kind: str, work: Work, place: Path, ways: list[str], wrong: str | None = None) -> None:
-        found = checkpoint.beside(place / "out")
-        after = f"from step {checkpoint.Checkpoint.read(found).step}" if found.exists() else "from the beginning"
+        step = last_checkpoint(place)
         code, said = self.do(work, place)
         aside = [path.name for path in place.rglob(".*.partial-*")]
         if code:
-            wrong = wrong or f"going on ended with {code}: {said}"
+            wrong = wrong or f"going on: code {code}: {said}"
         elif work.result(place) != work.expected:
             wrong = wrong or "another adapter or other losses"
         elif aside:
             wrong = wrong or f"left aside: {aside}"
         counts = self.counts.setdefault(kind, {}).setdefault(work.name, Counter())
         counts.update(["trials", "lost" if wrong else "equal", *ways])
-        if work.name != "race" and ways != ["ended before"]:
-            counts[f"went on {after}"] += 1
+        if work.name != "race" and ENDED not in ways:
+            counts[f"went on after step {step}"] += 1
         if wrong:
-            self.lost.append({"kind": kind, "work": work.name, "trial": self.number, "ways": ways, "wrong": wrong})
+            self.lost.append(
+                {"kind": kind, "work": work.name, "trial": self.number, "ways": ways, "wrong": wrong}
+            )
+
+
+def last_checkpoint(place: Path) -> int:
+    """The step of the training's checkpoint; 0 without one."""
+    file = checkpoint.beside(place / "out")
+    return checkpoint.Checkpoint.read(file).step if file.exists() else 0
+
+
+def holds(out: Path, expected: dict[str, Tensor]) -> bool:
+    found = load_file(out / "adapter_model.safetensors")
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def _without_cache(work: Work) -> tuple[Any, ...]:
@@ -448,12 +474,13 @@ def main() -> int:
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     fork = multiprocessing.get_context("fork")
     race.multiprocessing = SimpleNamespace(get_context=lambda _: fork)  # type: ignore[attr-defined]
+    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         given = Path(scratch) / "given"
         given.mkdir()
         make_files(given)
-        trials = Trials(works(given), Path(scratch), random.Random(options.seed))
+        trials = Trials(works(given), Path(scratch), options.seed)
         trials.undisturbed()
         trials.kill(options.count)
         trials.fill(max(3, options.count // 5))
@@ -467,7 +494,9 @@ def main() -> int:
     )
     for kind, of in trials.counts.items():
         for name, counts in of.items():
-            print(f"  {kinds[kind]}, {name}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+            print(
+                f"  {kinds[kind]}, {name}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+            )
     for one in trials.lost:
         print(f"lost (seed {options.seed}): {one}", file=sys.stderr)
     if options.json:

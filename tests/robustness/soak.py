@@ -2,8 +2,8 @@
 
     python tests/robustness/soak.py --steps 2000 --json runs/soak.json
 
-The model is task R1's (`benchmarks/step.py`) made small: a Llama of four layers with the half under the adapters frozen.
-Every step has another length. The slope of the resident memory over the steps is fitted by least squares, the first
+The model is task R1's (`benchmarks/step.py`) made small: a Llama of four layers, the upper half adapted. Every step
+has another length. The slope of the resident memory over the steps is fitted by least squares, the first
 quarter left out; then a model is put on the operators and taken off them 500 times; at last two trainings run at once,
 in two threads of this process, and come to the adapters that each comes to alone.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -124,7 +125,7 @@ def long_training(steps: int, out: Path) -> dict[str, Any]:
     config = dataclasses.replace(CONFIG, steps=steps, checkpoint_every=max(1, steps // 10))
     result = train(out, config, 0, meter)
     tokens = [record.tokens for record in result.history]
-    changed = sum(a != b for a, b in zip(tokens, tokens[1:], strict=False)) / (len(tokens) - 1)
+    changed = sum(a != b for a, b in itertools.pairwise(tokens)) / (len(tokens) - 1)
     tenth = max(1, steps // 10)
     return {
         "steps": len(result.history),
