@@ -401,17 +401,16 @@ class Trials:
             work = [draw.choice(self.works[:-2]), *self.works[-2:]][index % 3]
             place = self.place()
             largest = max(len(value) for value in work.expected.values() if isinstance(value, bytes))
-            size, step = draw.randrange(6 * largest), draw.randint(1, STEPS)
+            size, step = draw.randrange(largest), draw.randint(1, STEPS)
             if work.name == "race":
                 code, said = self.do(work, place, partial(on_a_full_disk, size, partial(work.run, place)))
                 kept = True
             else:
                 at = AtStep(step, partial(fill_disk, size))
                 code, said = self.do(work, place, partial(work.run, place, [at]))
-                kept = code == 0 or last_checkpoint(place) >= (step - 1) // EVERY * EVERY
-            ended = "ran out of space" if code == 2 else "had enough space"
-            right = code == 0 or (code == 2 and "no space left" in said and "\n" not in said)
-            self._go_on("disk_full", work, place, [ended], None if right and kept else f"code {code}: {said}")
+                kept = last_checkpoint(place) == (step - 1) // EVERY * EVERY
+            right = kept and code == 2 and "no space left" in said and "\n" not in said
+            self._go_on("disk_full", work, place, ["ran out"], None if right else f"code {code}: {said}")
 
     def break_batches(self, count: int) -> None:
         """A batch of NaN at a random step: the last good adapter is kept, and training goes on from a checkpoint."""
