@@ -103,8 +103,9 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
     """Yields a fresh directory that becomes ``path`` when the block ends without an exception.
 
     With ``overwrite`` the old directory stays in place until then; it is moved away, the new one renamed in,
-    and the old one deleted. On an exception the fresh directory goes, with the parents made for it, and the
-    exception continues; one that says that the disk is full continues as a `UserError`.
+    and the old one deleted. By then its files are on the disk, and not in the system's memory alone. On an
+    exception the fresh directory goes, with the parents made for it, and the exception continues; one that says
+    that the disk is full continues as a `UserError`.
 
     Raises:
         UserError: at entry, what `check_output` refuses; later, a full disk.
@@ -125,7 +126,11 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
         held = os.open(aside, os.O_RDONLY)
         _lock(held)
         yield aside
+        for written in aside.rglob("*"):
+            if written.is_file():
+                _sync(written)
         _rename_into_place(aside, target, path)
+        _sync_directory(target.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in missing_parents:
@@ -236,11 +241,15 @@ def _write(file: int, content: bytes) -> None:
 def _sync_directory(directory: Path) -> None:
     """The rename itself reaches the disk, where the file system knows how."""
     with contextlib.suppress(OSError):
-        file = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _no_space(path: str | os.PathLike[str]) -> UserError:

@@ -530,10 +530,9 @@ def fine_tune(
         files.write_text(
             directory / "metrics.json", json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
         )
-    if stop is None:
-        keeper.discard()
     if stop is not None:
         raise stop
+    keeper.discard()
     return result
 
 
@@ -620,14 +619,14 @@ class _Run(TrainerCallback):
 
     def _go_on(self, trainer: Trainer, found: Checkpoint) -> None:
         """Train from a checkpoint to the end."""
-        self.history = records(StepRecord, found.tensors["metrics history"])
-        self.evals = records(EvalRecord, found.tensors["metrics evals"])
-        self.seconds = self.history[-1].seconds
         named = self._named(self.adapters)
         with torch.no_grad():
             torch._foreach_copy_(self.adapters, found.weights("adapter", named))
             self._before_update = [parameter.clone() for parameter in self.adapters]
             torch._foreach_copy_(self._before_update, found.weights("good", named))
+        self.history = records(StepRecord, found.tensors["metrics history"])
+        self.evals = records(EvalRecord, found.tensors["metrics evals"])
+        self.seconds = self.history[-1].seconds
         self.worth_keeping = True
         # The Trainer reads the step count from a file of its own, for the place in the data; for the rest it asks
         # `_Trainer`.
@@ -729,7 +728,9 @@ class _Run(TrainerCallback):
             self._go_back()
         if not self.history:
             self.worth_keeping = False
-            return KeyboardInterrupt("interrupted before the first step was done; nothing was written")
+            return KeyboardInterrupt(
+                f"interrupted before the first step was done; nothing was written{self.keeper.kept()}"
+            )
         return KeyboardInterrupt(
             f"interrupted after step {len(self.history)}; the adapter so far is in {out_dir}{self.keeper.kept()}"
         )
