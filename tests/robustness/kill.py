@@ -300,6 +300,13 @@ def has_ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def wait_for(arm: psutil.Process) -> None:
+    """Until a process that is not our child is no more: a fork shares its parent's locks, as a spawned arm does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while arm.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1e-3)
+
+
 class Trials:
     """Disturbs works, has them go on, and keeps account.
 
@@ -364,7 +371,8 @@ class Trials:
             if killed == count:
                 return
             draw = self.draw("kill", index)
-            work = [draw.choice(self.works[:-2]), *self.works[-2:]][index % 3]
+            trainings, (cache, race_) = self.works[:-2], self.works[-2:]
+            work = [draw.choice(trainings), cache, race_, draw.choice(trainings), cache][index % 5]
             place, ways = self.place(), [""]
             for _ in range(2 if index % 4 == 3 else 1):
                 if killed < count and ways[-1] != ENDED:
@@ -383,13 +391,15 @@ class Trials:
             until = time.perf_counter() + draw.uniform(0, work.seconds)
             while time.perf_counter() < until and not has_ended(child):
                 time.sleep(1e-3)
-            arms = psutil.Process(child).children() if work.name == "race" and draw.random() < 0.5 else []
-            if arms:
+            arms = psutil.Process(child).children() if work.name == "race" else []
+            if arms and draw.random() < 0.5:
                 os.kill(draw.choice(arms).pid, signal.SIGKILL)
                 way, as_killed = "one arm", 2
             else:
                 os.killpg(child, signal.SIGKILL)
                 way, as_killed = "after a time", -signal.SIGKILL
+            for arm in arms:
+                wait_for(arm)
             code = outcome(child)
         # In the moment between an arm's result and its end nobody misses it.
         return {as_killed: way, 0: ENDED}.get(code, f"{way}, with code {code}")
