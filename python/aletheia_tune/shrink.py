@@ -48,7 +48,8 @@ class Shrinking(TrainerCallback):
         model: whose adapters are trained.
         lowest: index of the lowest layer that goes on learning.
         after: share of all steps that comes first, in percent.
-        cut, cache: what is in force at first, undone by whoever made it if the training never shrinks.
+        cut: in force at first, undone by whoever made it if the training never shrinks.
+        cache: likewise.
         keep: makes a cache over a cut; None for none. What it keeps of the shrunk training is deleted on exit, as no
             other run has these adapters.
     """
