@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from aletheia_tune.data import Examples, Fields
+    from aletheia_tune.plan import Plan
 
 
 class _Commands(TyperGroup):
@@ -161,6 +162,27 @@ PrefixCacheDir = Annotated[
     ),
 ]
 PrefixCacheSize = Annotated[float, typer.Option(help="GiB that the prefix cache may take at most.")]
+SampledDepth = Annotated[
+    str | None,
+    typer.Option(
+        help="Expected step time, as 80% of a full one's: each backward pass ends at a depth drawn with odds from the "
+        "plan's scores and --calibration."
+    ),
+]
+ReweightDepth = Annotated[
+    bool,
+    typer.Option("--reweight-depth", help="Divide gradients by the odds that sampled depth reaches them."),
+]
+PricesFile = Annotated[
+    Path | None, typer.Option("--calibration", help="Prices of this machine, as `aletheia cost` writes them.")
+]
+ShrinkAfter = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the steps, as 50%, after which only the upper layers learn and adapters below stay as they are."
+    ),
+]
+ShrinkTo = Annotated[str | None, typer.Option(help="Share of the layers that learn then (50%).")]
 EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between evaluations; before and after only if not given.")
 ]
@@ -421,6 +443,11 @@ def train(
     gradient_checkpointing: Checkpointing = False,
     prefix_cache: PrefixCacheDir = None,
     prefix_cache_gb: PrefixCacheSize = 8.0,
+    sampled_depth: SampledDepth = None,
+    calibration: PricesFile = None,
+    reweight_depth: ReweightDepth = False,
+    shrink_after: ShrinkAfter = None,
+    shrink_to: ShrinkTo = None,
     eval_every: EvalEvery = None,
     eval_batch_size: BatchSize = 4,
     checkpoint_every: CheckpointEvery = None,
@@ -444,6 +471,9 @@ def train(
     from aletheia_tune.train import TrainConfig, fine_tune
 
     check_output(out, overwrite, resume)
+    chosen = Plan.from_json(_read(plan_file, "plan"))
+    if shrink_to is not None and shrink_after is None:
+        raise UserError("--shrink-to goes with --shrink-after: give --shrink-after like 50%")
     config = TrainConfig(
         steps=steps,
         epochs=epochs,
@@ -464,13 +494,16 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         prefix_cache=None if prefix_cache is None else str(prefix_cache),
         prefix_cache_gb=prefix_cache_gb,
+        sampled_depth=_depth_odds(chosen, sampled_depth, calibration),
+        reweight_depth=reweight_depth,
+        shrink_after=None if shrink_after is None else _percent(shrink_after, "--shrink-after"),
+        shrink_to=_percent(shrink_to or "50%", "--shrink-to"),
         eval_every=eval_every,
         eval_batch_size=eval_batch_size,
         checkpoint_every=checkpoint_every,
         threads=threads,
     )
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    chosen = Plan.from_json(_read(plan_file, "plan"))
     loaded, tokenizer = _model(model, dtype)
     examples = _load(train, tokenizer, max_length, fields)
     held_out = _load(eval_file, tokenizer, max_length, fields)
@@ -627,6 +660,23 @@ def _load(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, field
             file=sys.stderr,
         )
     return examples
+
+
+def _depth_odds(plan: Plan, share: str | None, calibration: Path | None) -> dict[int, float] | None:
+    """The odds of sampled depth, as which they are shown."""
+    if share is None and calibration is None:
+        return None
+    if share is None or calibration is None:
+        raise UserError(
+            "--sampled-depth and --calibration, from `aletheia cost`, go together: give both, or neither"
+        )
+    from aletheia_tune.cost import Calibration
+    from aletheia_tune.depth_odds import depth_odds
+
+    prices = Calibration.from_json(_read(calibration, "calibration"))
+    found = depth_odds(plan, prices, _percent(share, "--sampled-depth") / 100)
+    print(found)
+    return found.odds
 
 
 def _percent(text: str, option: str) -> float:

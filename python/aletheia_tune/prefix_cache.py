@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aletheia_tune.dora import is_dora
 from aletheia_tune.environment import versions
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model, find_layers
@@ -68,12 +70,14 @@ class PrefixCache:
         recomputed: examples whose rows were computed and not kept, because the size bound was reached or they were not
             finite.
         passed_by: calls of the model that ran without the cache, and `passed_by_reason` why the last of them did.
+        directory: where the entries of this prefix are; None without a cache.
     """
 
     def __init__(self, reason: str = "") -> None:
         self.reason = reason
         self.hits = self.stored = self.recomputed = self.passed_by = 0
         self.passed_by_reason = ""
+        self.directory: Path | None = None
         self._store: RowStore | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -114,9 +118,11 @@ def cache_prefix(
 ) -> PrefixCache:
     """Keep what the layers under the cut put out, and run them only on examples not seen before.
 
-    Entries are valid for one prefix: the weights of the embeddings and of the layers under the cut, the configuration,
-    the forwards in use (attention implementation, this package's operators), dtype, device and package versions
-    are hashed to the name of a subdirectory. Entries of another prefix are never read, and count towards the bound.
+    Entries are valid for one prefix: the weights of the embeddings and of the layers under the cut, of frozen LoRA
+    adapters there as well, which of these act and at what scaling, the configuration, the forwards in use (attention
+    implementation, this package's operators), dtype, device and package versions are hashed to the name of a
+    subdirectory. Entries of another prefix are never read, and count towards the bound. While adapters of the prefix
+    are switched otherwise than when the cache was made, calls go past it.
 
     Bitwise: rows are those that the model computed in the batch in which an example came first. Read in another
     batch they differ from a computation there by the rounding of the products, if the product's kernel sums in
@@ -135,7 +141,8 @@ def cache_prefix(
     Returns:
         The cache, to be undone by its `remove()` before the cut and the operators are. There is none, and `reason`
         says why, when there is no cut or nothing under it, or when the output of the prefix is not a function
-        of an example's tokens alone: dropout, noise, adapters or running statistics in it.
+        of an example's tokens alone: dropout, noise, running statistics or adapters other than LoRA's and DoRA's of
+        whole modules in it.
 
     Raises:
         UserError: the size is not positive, the directory cannot be used, or another process has it open.
@@ -168,6 +175,9 @@ class _Prefix:
         self.modules = {
             name: module for name, module in self.bare.named_modules() if id(module) not in elsewhere
         }
+        self.adapted: dict[str, Any] = {
+            name: module for name, module in self.modules.items() if hasattr(module, "adapter_layer_names")
+        }
         later = parameters_above(model, found.layers)
         later |= {id(parameter) for layer in self.above for parameter in layer.parameters()}
         # One list of tensors, by which a change of weights is noticed as well.
@@ -190,9 +200,14 @@ class _Prefix:
             for kind in _CHANGING_ROTARY:
                 if f"'{kind}'" in rotary:
                     return f"{kind} rotary embeddings depend on the longest example seen"
+        for name, module in self.adapted.items():
+            # The adapter of a parameter replaces that parameter during each forward pass.
+            if not isinstance(module, LoraLayer) or hasattr(module, "parameter_name"):
+                return f"{name} in the prefix holds an adapter other than LoRA's of a whole module"
+            for adapter, variant in module.lora_variant.items():
+                if not is_dora(module, adapter):
+                    return f"{name} in the prefix holds an adapter that is a {type(variant).__name__}"
         for name, module in self.modules.items():
-            if hasattr(module, "adapter_layer_names"):
-                return f"{name} in the prefix holds an adapter, which may be switched"
             if getattr(module, "track_running_stats", False):
                 return f"{name} in the prefix tracks running statistics"
             for attribute, value in vars(module).items():
@@ -208,6 +223,20 @@ class _Prefix:
         """Changes when a tensor is written to in place or given other memory."""
         return tuple(value for t in self.tensors.values() for value in (t.data_ptr(), t._version))
 
+    def switches(self) -> list[Any]:
+        """Which adapters act and at what scaling: what of them is in no tensor."""
+        return [
+            [
+                list(module.active_adapters),
+                module.disable_adapters,
+                list(module.merged_adapters),
+                list(module.scaling.items()),
+                # PEFT hands a call's own choice of adapters on by hooks.
+                len(module._forward_pre_hooks),
+            ]
+            for module in self.adapted.values()
+        ]
+
     def fingerprint(self) -> str:
         """Hash of all that its output depends on, the tokens excepted."""
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -220,6 +249,7 @@ class _Prefix:
                 for config in _configs(self.bare)
             ],
             [[name, _code_of(module)] for name, module in self.modules.items()],
+            self.switches(),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in self.tensors.items():
@@ -234,7 +264,7 @@ class _ActiveCache(PrefixCache):
         assert prefix.transformer is not None
         self._prefix, self._transformer = prefix, prefix.transformer
         self._signature = inspect.signature(type(self._transformer).forward)
-        self._state = prefix.state()
+        self._state, self._switches = prefix.state(), prefix.switches()
         name = prefix.fingerprint()
         # Entries of other prefixes count towards the bound: they are the user's to delete.
         others = sum(path.stat().st_size for path in directory.glob("*/data") if path.parent.name != name)
@@ -261,7 +291,8 @@ class _ActiveCache(PrefixCache):
             if not self.reason and self._more_is_read(token):
                 self.reason = "later layers read more than hidden states of earlier ones"
             if not self.reason:
-                self._store = RowStore(directory / name, rows.shape[2], rows.dtype, capacity - others)
+                self.directory = directory / name
+                self._store = RowStore(self.directory, rows.shape[2], rows.dtype, capacity - others)
         except BaseException:
             self.remove()
             raise
@@ -282,6 +313,8 @@ class _ActiveCache(PrefixCache):
         if keeps_keys is None:
             keeps_keys = getattr(module.config, "use_cache", False)
         reason = _why_not_this(arguments, keeps_keys and not module.training)
+        if self._prefix.switches() != self._switches:
+            reason = "adapters in the prefix are switched otherwise than when the cache was made"
         spans = [] if reason else _spans(arguments, module.training)
         if any(later.row == span.row for span, later in pairwise(spans)):
             reason = self._why_not_packed(arguments, spans, keeps_keys)

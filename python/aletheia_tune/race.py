@@ -81,7 +81,8 @@ class ArmResult:
     Attributes:
         name, plan, kernels: of the `Arm`.
         training: losses, times, memory and patch report; memory is that of the arm's process.
-        plan_seconds: what the plan cost: probing and choosing; 0 for a plan that was given.
+        plan_seconds: what the plan cost: probing and choosing, and the calibration that sampled depth took its prices
+            from, whenever that was made; 0 for a plan that was given.
         perplexity_before, perplexity_after: of the other text, for forgetting; None without such a text.
     """
 
@@ -387,16 +388,20 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
 
     before = perplexity(model)
     started = time.perf_counter()
-    plan = task.arm.plan
+    plan, plan_seconds = task.arm.plan, 0.0
     if isinstance(plan, Recipe):
-        plan = plan.plan(model, tokenizer, train, config.seed)
-    plan_seconds = time.perf_counter() - started
+        recipe = plan
+        plan = recipe.plan(model, tokenizer, train, config.seed)
+        odds, calibration_seconds = recipe.odds(plan)
+        if odds is not None:
+            config = dataclasses.replace(config, sampled_depth=odds)
+        plan_seconds = time.perf_counter() - started + calibration_seconds
     result = fine_tune(
         model, tokenizer, train, held_out, plan, config, task.out, [_Turns(pipe, task.slice_steps)]
     )
     return {
         "plan": plan.to_json(),
-        "plan_seconds": plan_seconds if isinstance(task.arm.plan, Recipe) else 0.0,
+        "plan_seconds": plan_seconds,
         "allocator_tuned": tuned,
         "training": result.to_dict(),
         "perplexity_before": before,

@@ -1,12 +1,15 @@
-"""How an arm of a race comes by its plan: which score, how much of the model, of what rank."""
+"""How an arm of a race comes by its plan: which score, how much of the model, of what rank, how deep a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aletheia_tune.cost import Calibration
 from aletheia_tune.data import Example, batches, pad_token_id
+from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
@@ -33,9 +36,13 @@ class Recipe:
         targets: as `make_plan` takes it; every linear by default.
         probe_batches: batches that the probe reads.
         probe_batch_size: examples in one of them.
+        sampled_depth: expected time of a step in percent of one that trains every adapter; sets the odds with which
+            backward passes end at each depth from the scores and the calibration's prices (see `depth_odds`).
+        calibration: file with these prices, as `aletheia cost` writes it.
 
     Raises:
-        UserError: a score of no such name, a share outside (0, 100], no probe batches.
+        UserError: a score of no such name, a share outside (0, 100], no probe batches, only one of sampled_depth and
+            calibration, sampled_depth without a score of the probe.
     """
 
     score: str = UNIFORM
@@ -46,6 +53,8 @@ class Recipe:
     targets: tuple[str, ...] | None = None
     probe_batches: int = 5
     probe_batch_size: int = 4
+    sampled_depth: float | None = None
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         known = (UNIFORM, *CONTROLS, *METHODS)
@@ -56,6 +65,20 @@ class Recipe:
         for name in ("probe_batches", "probe_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if (self.sampled_depth is None) != (self.calibration is None):
+            raise UserError(
+                "sampled_depth and calibration, a file from `aletheia cost`, go together: give both"
+            )
+        if self.sampled_depth is not None:
+            if not 0 < self.sampled_depth <= 100:
+                raise UserError(
+                    f"sampled_depth is {self.sampled_depth}: give a share in percent, above 0 and up to 100"
+                )
+            if self.score not in METHODS:
+                raise UserError(
+                    f"sampled_depth needs a score of the probe, not {self.score!r}: choose one of "
+                    f"{', '.join(METHODS)}"
+                )
 
     def plan(
         self,
@@ -92,3 +115,24 @@ class Recipe:
             alpha=self.alpha,
             targets=self.targets,
         )
+
+    def odds(self, plan: Plan) -> tuple[dict[int, float] | None, float]:
+        """The odds of sampled depth for a plan of this recipe, None without, and the seconds that calibration took.
+
+        Raises:
+            UserError: the calibration cannot be read, or as `depth_odds` raises it.
+        """
+        if self.calibration is None or self.sampled_depth is None:
+            return None, 0.0
+        try:
+            prices = Calibration.from_json(Path(self.calibration).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"cannot read the calibration file {self.calibration}: {reason}") from None
+        found = depth_odds(plan, prices, self.sampled_depth / 100)
+        seconds = prices.meta.get("seconds")
+        if not isinstance(seconds, int | float):
+            raise UserError(
+                f"the calibration file {self.calibration} does not say how long it took: run `aletheia cost` again"
+            )
+        return found.odds, float(seconds)

@@ -106,9 +106,11 @@ class RaceTask:
         return tuple(contestant for contestant in self.contestants if not contestant.baseline)
 
     def digest(self) -> str:
-        """A hash of what all arms share: the configuration of the model and the contents of the data files."""
+        """A hash of the configuration of the model and the contents of the data files and calibrations."""
         content = hashlib.sha256()
-        for path in (Path(self.model) / "config.json", self.train, self.eval, self.other_text):
+        calibrations = sorted({one.recipe.calibration for one in self.contestants if one.recipe.calibration})
+        shared = (Path(self.model) / "config.json", self.train, self.eval, self.other_text)
+        for path in (*shared, *calibrations):
             if path is not None:
                 content.update(hashlib.sha256(Path(path).read_bytes()).digest())
         return content.hexdigest()
@@ -168,7 +170,7 @@ def _task(content: dict[str, Any], beside: Path) -> RaceTask:
             "[training] has no learning_rate (see rates), seed (see seeds) or kernels (baselines have none)"
         )
     contestants = tuple(
-        _contestant(table, kind == "baseline", common)
+        _contestant(table, kind == "baseline", common, beside)
         for kind in ("baseline", "challenger")
         for table in _get(content, kind, list, "the task")
     )
@@ -204,7 +206,7 @@ def _is_there(place: str) -> bool:
         return False
 
 
-def _contestant(table: Any, baseline: bool, common: Mapping[str, Any]) -> Contestant:
+def _contestant(table: Any, baseline: bool, common: Mapping[str, Any], beside: Path) -> Contestant:
     if not isinstance(table, dict):
         raise UserError("[[baseline]] and [[challenger]] are tables")
     name = _get(table, "name", str, "an arm")
@@ -214,11 +216,17 @@ def _contestant(table: Any, baseline: bool, common: Mapping[str, Any]) -> Contes
     recipe = dict(_get(table, "plan", dict, f"arm {name}", {}))
     if isinstance(recipe.get("targets"), list):
         recipe["targets"] = tuple(recipe["targets"])
+    if isinstance(recipe.get("calibration"), str):
+        recipe["calibration"] = str(beside / recipe["calibration"])
+        if not _is_there(recipe["calibration"]):
+            raise UserError(f"arm {name}: calibration {recipe['calibration']} does not exist")
     training = {**common, **_get(table, "training", dict, f"arm {name}", {})}
     if isinstance(training.get("sampled_depth"), dict):
         training["sampled_depth"] = _odds(training["sampled_depth"], name)
     for made, values, where in ((Recipe, recipe, "plan"), (TrainConfig, training, "training")):
         _only(values, " ".join(field.name for field in dataclasses.fields(made)), f"arm {name}, {where}")
+    if "sampled_depth" in recipe and "sampled_depth" in training:
+        raise UserError(f"arm {name}: sampled_depth is in its plan and in its training: give one")
     if training.get("steps") is None:
         raise UserError(f"arm {name}: training needs steps")
     try:

@@ -3,7 +3,12 @@
 The idea is DropBP's (arXiv 2402.17812), to leave out parts of the backward pass at random, in its simplest form: all
 layers under a boundary are left out, so they keep no activations either. Their adapters' ``requires_grad`` is off for
 the step; with nothing to train below it, autograd builds no graph there and the gradients stay None, for which
-optimizers pass a parameter over, moments and all. Gradients are not reweighted by the odds.
+optimizers pass a parameter over, moments and all.
+
+A layer that is reached with probability q has q times the full pass's gradient in expectation. Divided by q where it is
+reached (`DepthSampler.reweight`), its expectation is the full pass's. That matters where the size of a gradient does:
+to SGD, and to the clipping of its norm. Adam's updates do not depend on the scale of a parameter's gradients, and a
+parameter that is passed over has no zeros in its moments, so there it changes the clipping alone.
 """
 
 from __future__ import annotations
@@ -42,7 +47,12 @@ class DepthSampler:
     ) -> None:
         self._trainable = trainable
         self._boundaries = sorted(odds)
-        self._odds = torch.tensor([float(odds[layer]) for layer in self._boundaries])
+        self._odds = torch.tensor([float(odds[layer]) for layer in self._boundaries], dtype=torch.float64)
+        total = math.fsum(odds.values())
+        self._reached = {
+            layer: math.fsum(odd for boundary, odd in odds.items() if boundary <= layer) / total
+            for layer in {layer for layer, _ in trainable}
+        }
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self) -> int:
@@ -51,6 +61,15 @@ class DepthSampler:
         for layer, parameter in self._trainable:
             parameter.requires_grad_(layer >= boundary)
         return boundary
+
+    def reweight(self) -> None:
+        """Divide every gradient by the probability that its layer is reached; once a step, after its backward passes.
+
+        Over the draws the gradients then are in expectation those of the full pass.
+        """
+        for layer, parameter in self._trainable:
+            if parameter.grad is not None:
+                parameter.grad.div_(self._reached[layer])
 
 
 @contextmanager
@@ -66,7 +85,8 @@ def sampled_depth(model: nn.Module, odds: Mapping[int, float], seed: int) -> Ite
         seed: of the draws.
 
     Yields:
-        DepthSampler: whose `draw` is to be called before each step's forward pass.
+        DepthSampler: whose `draw` is to be called before each step's forward pass, and whose `reweight` may be after
+            its backward pass.
 
     Raises:
         UserError: odds that cannot be meant, of a layer above all adapters, or under which the lowest adapters would

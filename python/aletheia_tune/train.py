@@ -11,8 +11,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,9 +36,10 @@ from aletheia_tune.environment import is_first_process, native_dtype, peak_memor
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
-from aletheia_tune.prefix import cut_prefix
+from aletheia_tune.prefix import PrefixCut, cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
 from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
+from aletheia_tune.shrink import Shrinking, lowest_kept
 from aletheia_tune.start import gradient_start
 
 if TYPE_CHECKING:
@@ -98,6 +100,11 @@ class TrainConfig:
         prefix_cache_gb: size that all its entries may have at most, in GiB.
         sampled_depth: by the index of a layer, the odds that a step's backward pass ends there; adapters of lower
             layers act in that step and are not trained by it. None trains all in every step.
+        reweight_depth: divide each gradient by the probability that its layer is reached, so that before the norm is
+            clipped it is unbiased.
+        shrink_after: share of the steps, in percent, after which the lower layers' adapters stay as they are, acting
+            in the forward pass; None trains all to the end.
+        shrink_to: share of the layers, in percent, that go on learning then: those nearest to the loss.
         eval_every: optimizer steps between evaluations; None evaluates before and after only.
         eval_batch_size: examples in one forward pass of an evaluation.
         checkpoint_every: optimizer steps between checkpoints, from which `fine_tune` goes on with `resume`; None writes
@@ -130,6 +137,9 @@ class TrainConfig:
     prefix_cache: str | None = None
     prefix_cache_gb: float = 8.0
     sampled_depth: Mapping[int, float] | None = None
+    reweight_depth: bool = False
+    shrink_after: float | None = None
+    shrink_to: float = 50.0
     eval_every: int | None = None
     eval_batch_size: int = 4
     checkpoint_every: int | None = None
@@ -164,6 +174,14 @@ class TrainConfig:
             raise UserError(f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
         if self.sampled_depth is not None:
             check_odds(self.sampled_depth)
+        if self.shrink_after is not None:
+            for name in ("shrink_after", "shrink_to"):
+                if not 0 < getattr(self, name) < 100:
+                    raise UserError(
+                        f"{name} is {getattr(self, name)}: give a share in percent between 0 and 100"
+                    )
+            if self.sampled_depth is not None:
+                raise UserError("sampled_depth and shrink_after exclude each other: give one of them")
         if self.init not in INITS:
             raise UserError(f"init {self.init!r} is unknown: choose one of {', '.join(INITS)}")
         object.__setattr__(self, "dtype", _resolved(self.dtype))
@@ -217,7 +235,7 @@ class TrainResult:
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
         attention: what computed attention in training, "operator" or "the model's own" and why.
         norms: how many norms and whether the rotary embedding ran on the operators, and why not the rest.
-        prefix_layers: layers that ran without an autograd graph.
+        prefix_layers: layers that ran without an autograd graph; where training shrank, from then on.
         setup_seconds: from the plan to the first evaluation, but for a start from the gradient: adapters attached,
             forwards patched.
         prefix_cache: how many examples' prefix was read, computed and kept, and computed anew; or why there was none.
@@ -449,13 +467,16 @@ def fine_tune(
 
     Raises:
         UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
-            model that does not keep packed examples apart; a checkpoint that is damaged, of another training, or there
-            without `resume`; the disk is full.
+            model that does not keep packed examples apart, gradients reweighted without sampled depth, a plan that
+            cannot shrink as asked; a checkpoint that is damaged, of another training, or there without `resume`; the
+            disk is full.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
         raise UserError("there are no training examples")
+    if config.reweight_depth and config.sampled_depth is None:
+        raise UserError("reweight_depth goes with sampled_depth: give both")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
     keeper = Keeper(
         out_dir,
@@ -486,6 +507,8 @@ def fine_tune(
         kernels: KernelsInUse | None = None
         cut = cut_prefix(peft_model)
         cache: PrefixCache | None = None
+        keep: Callable[[PrefixCut], PrefixCache] | None = None
+        shrinking: Shrinking | None = None
         if config.init == "gradient" and keeper.found is None:
             run.start_from_gradient(train_examples)
         with contextlib.ExitStack() as undo:
@@ -503,13 +526,25 @@ def fine_tune(
                 require_separation(peft_model)
             if config.prefix_cache is not None:
                 # After the operators, whose rounding is part of what it keeps.
-                cache = undo.enter_context(
-                    cache_prefix(peft_model, cut, config.prefix_cache, config.prefix_cache_gb)
+                keep = partial(
+                    cache_prefix,
+                    peft_model,
+                    directory=config.prefix_cache,
+                    gigabytes=config.prefix_cache_gb,
                 )
+                cache = undo.enter_context(keep(cut))
             if config.sampled_depth is not None:
                 run.depth = undo.enter_context(sampled_depth(peft_model, config.sampled_depth, config.seed))
+            if config.shrink_after is not None:
+                lowest = lowest_kept(plan, config.shrink_to)
+                shrinking = undo.enter_context(
+                    Shrinking(peft_model, lowest, config.shrink_after, cut, cache, keep)
+                )
+                trainer.add_callback(shrinking)
             setup_seconds = time.perf_counter() - started - run.seconds
             stop = run.to_the_end(trainer, out_dir)
+        if shrinking is not None:
+            cut, cache = shrinking.cut, shrinking.cache
         if not run.worth_keeping:
             assert stop is not None
             raise stop
@@ -785,6 +820,8 @@ class _Trainer(Trainer):
             self.run.keeper.found.restore_random(self.run.generators(), device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.run.depth is not None and self.run.config.reweight_depth:
+            self.run.depth.reweight()
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(float(norm)):
             raise _NonFinite("gradient norm", float(norm), len(self.run.history) + 1)

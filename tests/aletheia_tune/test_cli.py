@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from aletheia_tune import cli
+from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.probe import METHODS
 from aletheia_tune.scores import ModuleScore, Scores
@@ -351,6 +353,46 @@ def test_train_with_a_prefix_cache(run, refuses, given, plan_file, tmp_path):
     arguments = options(given, plan=plan_file, out=tmp_path / "out", prefix_cache=plan_file)
     refuses("train", *arguments, says=("prefix cache", plan_file))
     refuses("train", *arguments, "--prefix-cache-gb", "-1", says=("prefix cache of -1.0 GiB",))
+
+
+def test_train_with_sampled_depth(run, refuses, given, tiny_model_dir, scores_file, tmp_path):
+    prices, plan = tmp_path / "cost.json", tmp_path / "plan.json"
+    # Not measured: noise on so small a model could leave the backward pass without a price.
+    costs = dict.fromkeys((field.name for field in dataclasses.fields(Coefficients)), 1e-9)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    calibration = Calibration(ModelShape.of(model), Batch(2, 16), Coefficients(**costs), {})
+    prices.write_text(calibration.to_json())
+    assert run("plan", "--scores", scores_file, "--layers", "100%", "--out", plan).code == 0
+    arguments = options(given, plan=plan, out=tmp_path / "out")
+    ran = run("train", *arguments, "--sampled-depth", "80%", "--calibration", prices, "--reweight-depth")
+    assert ran.code == 0, ran
+    assert "backward passes end at layer 0" in ran.out
+    config = json.loads((tmp_path / "out" / "metrics.json").read_text())["config"]
+    assert config["reweight_depth"] is True
+    assert sum(config["sampled_depth"].values()) == pytest.approx(1)
+    assert min(map(int, config["sampled_depth"])) == 0
+    arguments = options(given, plan=plan, out=tmp_path / "other")
+    refuses("train", *arguments, "--sampled-depth", "80%", says=("--calibration", "go together"))
+    refuses("train", *arguments, "--calibration", prices, says=("--sampled-depth", "go together"))
+    bad = ("train", *arguments, "--calibration", prices, "--sampled-depth")
+    refuses(*bad, "0.1%", says=("0.1% of the step time is too little", "give at least"))
+    refuses(*bad, "often", says=("--sampled-depth often is not a share",))
+
+
+def test_train_with_a_shrinking_schedule(run, refuses, given, scores_file, plan_file, tmp_path):
+    plan = tmp_path / "all.json"
+    assert run("plan", "--scores", scores_file, "--layers", "100%", "--out", plan).code == 0
+    arguments = options(given, plan=plan, out=tmp_path / "out", prefix_cache=tmp_path / "cache")
+    ran = run("train", *arguments, "--shrink-after", "60%", "--shrink-to", "25%")
+    assert ran.code == 0, ran
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["config"]["shrink_after"], metrics["config"]["shrink_to"]) == (60, 25)
+    assert metrics["prefix_layers"] == 3
+    assert "computed and kept" in metrics["prefix_cache"]
+    arguments = options(given, plan=plan_file, out=tmp_path / "other")
+    refuses("train", *arguments, "--shrink-after", "50%", says=("the plan adapts none below",))
+    refuses("train", *arguments, "--shrink-to", "50%", says=("--shrink-to goes with --shrink-after",))
+    refuses("train", *arguments, "--shrink-after", "0%", says=("shrink_after is 0",))
 
 
 def test_no_completion_left_by_truncation(refuses, given, plan_file, tmp_path):

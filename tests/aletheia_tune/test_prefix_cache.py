@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     BloomConfig,
@@ -299,6 +300,74 @@ def test_other_adapters_and_upper_layers_share_entries(tmp_path):
     assert counts(cache) == (4, 0, 0)
 
 
+def frozen_below() -> PeftModel:
+    """Adapters that act in layers 1 and 3; those of layer 1 are not trained."""
+    model = adapted("llama", (1, 3))
+    find_layers(model).layers[1].requires_grad_(False)
+    return model
+
+
+def adapters_of(model: PeftModel, layer: int) -> list[LoraLayer]:
+    return [module for module in find_layers(model).layers[layer].modules() if isinstance(module, LoraLayer)]
+
+
+def test_frozen_adapters_are_part_of_the_prefix(tmp_path):
+    batch = padded(examples(4))
+    expected = gradients(frozen_below(), batch)
+    assert expected["loss"] != gradients(adapted("llama", (3,)), batch)["loss"]
+    for counted in ((0, 4, 0), (4, 0, 0)):
+        model = frozen_below()
+        with cached(model, tmp_path) as cache:
+            assert_equal(gradients(model, batch), expected)
+            assert counts(cache) == counted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: adapters_of(model, 1)[1].lora_B["default"].weight.data[2, 1].add_(0.5),
+        lambda model: adapters_of(model, 1)[0].lora_A["default"].weight.data.mul_(2),
+        lambda model: adapters_of(model, 1)[0].scale_layer(0.5),
+        lambda model: adapters_of(model, 1)[0].enable_adapters(False),
+        lambda model: adapters_of(model, 1)[0].merge(),
+    ],
+    ids=["one weight", "A", "scaling", "disabled", "merged"],
+)
+def test_a_changed_frozen_adapter_reads_nothing(tmp_path, change):
+    batch = padded(examples(4))
+    model = frozen_below()
+    with cached(model, tmp_path):
+        before = gradients(model, batch)
+    with torch.no_grad():
+        change(model)
+    expected = gradients(model, batch)
+    with cached(model, tmp_path) as cache:
+        assert_equal(gradients(model, batch), expected)
+        assert counts(cache) == (0, 4, 0)
+    # Merging is another prefix, though it computes the same up to rounding.
+    assert expected["loss"] != before["loss"] or adapters_of(model, 1)[0].merged
+
+
+def test_adapters_switched_while_the_cache_is_in_force_go_past_it(tmp_path):
+    batch = padded(examples(4))
+    model, plain = frozen_below(), frozen_below()
+    expected = gradients(plain, batch)
+    with cached(model, tmp_path) as cache:
+        assert_equal(gradients(model, batch), expected)
+        for each in (model, plain):
+            adapters_of(each, 1)[0].scale_layer(0.5)
+        assert_equal(gradients(model, batch), gradients(plain, batch))
+        assert cache.passed_by == 1
+        assert "switched otherwise" in cache.passed_by_reason
+        adapters_of(model, 1)[0].unscale_layer()
+        assert_equal(gradients(model, batch), expected)
+        assert counts(cache) == (4, 4, 0)
+        with torch.no_grad():
+            adapters_of(model, 1)[0].lora_A["default"].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="have changed"):
+            model(**batch)
+
+
 def test_changing_one_token_or_the_mode_is_another_entry(tmp_path):
     batch = padded(examples(2))
     model = adapted("llama")
@@ -436,16 +505,15 @@ def test_refusals_say_why(tmp_path, make, layers, reason):
     assert not (tmp_path / "cache").exists()
 
 
-def test_no_cut_an_adapter_below_and_running_statistics_are_refused(tmp_path):
+def test_no_cut_adapters_of_other_kinds_and_running_statistics_are_refused(tmp_path):
     model = adapted("llama")
     model.get_input_embeddings().weight.requires_grad_()
     assert "embed_tokens" in cached(model, tmp_path).reason
 
-    model = adapted("llama", (1, 3))
-    for name, parameter in model.named_parameters():
-        if "layers.1." in name:
-            parameter.requires_grad_(False)
-    assert "holds an adapter" in cached(model, tmp_path).reason
+    targets = r".*layers\.[13]\.self_attn\.k_proj"
+    model = get_peft_model(llama(), IA3Config(target_modules=targets, feedforward_modules=[])).train()
+    find_layers(model).layers[1].requires_grad_(False)
+    assert "holds an adapter other than LoRA" in cached(model, tmp_path).reason
 
     model = adapted("llama")
     find_layers(model).layers[0].mlp.act_fn = nn.BatchNorm1d(40, affine=False)

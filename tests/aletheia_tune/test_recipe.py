@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aletheia_tune import race as race_module
+from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape
 from aletheia_tune.data import batches, load_examples, pad_token_id
+from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
 from aletheia_tune.plan import make_plan, uniform_plan
 from aletheia_tune.probe import probe
+from aletheia_tune.race import Arm
 from aletheia_tune.recipe import Recipe
 from aletheia_tune.scores.controls import CONTROLS
-from aletheia_tune.train import load_model
+from aletheia_tune.train import TrainConfig, load_model
 
 
 @given(layers=st.integers(1, 100), data=st.data(), seed=st.integers(0, 2**32))
@@ -82,8 +88,73 @@ def test_plans_of_recipes(given_task):
         ({"layers": 101}, "layers is 101"),
         ({"probe_batches": 0}, "probe_batches is 0"),
         ({"probe_batch_size": 0}, "probe_batch_size is 0"),
+        ({"sampled_depth": 80, "score": "fisher"}, "go together"),
+        ({"calibration": "cost.json"}, "go together"),
+        ({"sampled_depth": 101, "score": "fisher", "calibration": "cost.json"}, "sampled_depth is 101"),
+        ({"sampled_depth": 80, "calibration": "cost.json"}, "needs a score of the probe, not 'uniform'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(change, says):
     with pytest.raises(UserError, match=says):
         Recipe(**change)
+
+
+@pytest.fixture
+def calibration_file(given_task, tmp_path: Path) -> Path:
+    """Prices at which the backward pass is most of a step, said to have taken 7 seconds."""
+    model, _, _ = given_task
+    prices = dict.fromkeys((field.name for field in dataclasses.fields(Coefficients)), 1e-9)
+    calibration = Calibration(
+        ModelShape.of(model), Batch(2, 16), Coefficients(**{**prices, "backward": 1e-8}), {"seconds": 7.0}
+    )
+    path = tmp_path / "cost.json"
+    path.write_text(calibration.to_json())
+    return path
+
+
+class Silent:
+    """The end of a pipe at which nobody is."""
+
+    def send(self, message: Any) -> None:
+        pass
+
+    def recv(self) -> str:
+        return "go"
+
+
+def test_an_arm_of_sampled_depth_trains_with_the_odds_of_its_own_scores(
+    given_task, calibration_file, tiny_model_dir, train_file, eval_file, tmp_path, monkeypatch
+):
+    model, tokenizer, examples = given_task
+    recipe = Recipe("fisher", rank=3, probe_batches=2, sampled_depth=70, calibration=str(calibration_file))
+    plan = recipe.plan(model, tokenizer, examples, 0)
+    expected = depth_odds(plan, Calibration.from_json(calibration_file.read_text()), 0.7).odds
+    assert len(expected) > 1
+    monkeypatch.setattr(race_module, "tune_allocator", lambda: False)
+    config = TrainConfig(steps=4, batch_size=4, dtype="float32", progress=False, threads=1)
+    task = race_module._Task(
+        Arm("sampled", recipe, True),
+        *map(str, (tiny_model_dir, train_file, eval_file)),
+        config,
+        None,
+        None,
+        slice_steps=2,
+        out=str(tmp_path / "out"),
+    )
+    done = race_module._compete(task, Silent())
+    odds = done["training"]["config"]["sampled_depth"]
+    assert {int(layer): share for layer, share in odds.items()} == pytest.approx(expected)
+    assert done["plan_seconds"] > 7
+    assert len(done["training"]["history"]) == 4
+
+
+def test_calibrations_that_are_none(given_task, tmp_path):
+    model, tokenizer, examples = given_task
+    path = tmp_path / "cost.json"
+    recipe = Recipe("activation", probe_batches=1, sampled_depth=70, calibration=str(path))
+    plan = recipe.plan(model, tokenizer, examples, 0)
+    with pytest.raises(UserError, match="cannot read the calibration file"):
+        recipe.odds(plan)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="not a calibration"):
+        recipe.odds(plan)

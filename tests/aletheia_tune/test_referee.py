@@ -184,6 +184,25 @@ def test_layers_of_sampled_depth_are_numbers(task_file):
     assert read_task(task_file).contestants[0].config.sampled_depth == {0: 0.5, 2: 0.5}
 
 
+def test_a_calibration_is_beside_the_file_and_part_of_the_task(task_file):
+    text, prices = task_file.read_text(), task_file.parent / "cost.json"
+    without = read_task(task_file).digest()
+    sampled = 'score = "aletheia", sampled_depth = 80, calibration = "cost.json"'
+    task_file.write_text(text.replace('score = "aletheia"', sampled))
+    with pytest.raises(UserError, match=r"arm half: calibration .*cost.json does not exist"):
+        read_task(task_file)
+    prices.write_text("1")
+    task = read_task(task_file)
+    assert task.contestants[1].recipe.calibration == str(prices)
+    digests = {without, task.digest()}
+    prices.write_text("2")
+    assert len(digests | {task.digest()}) == 3
+    both = task_file.read_text().replace("steps = 30", "steps = 30, sampled_depth = { 0 = 1 }")
+    task_file.write_text(both)
+    with pytest.raises(UserError, match="arm half: sampled_depth is in its plan and in its training"):
+        read_task(task_file)
+
+
 def test_a_run_is_known_by_what_it_depends_on(task_file):
     task = read_task(task_file)
     peft, half = task.contestants

@@ -97,6 +97,28 @@ def test_the_optimizer_steps_only_what_was_reached(adapted):
         assert torch.equal(parameter, before[name]) != moved, name
 
 
+def test_reweighted_gradients_are_unbiased(adapted):
+    model, batch = adapted
+    model.double()
+    _, full = gradients(model, batch)
+    odds = {0: 1.0, 2: 3.0, 3: 4.0}
+    seen: dict[int, dict[str, Tensor | None]] = {}
+    with sampled_depth(model, odds, seed=0) as depth:
+        while len(seen) < len(odds):
+            boundary = depth.draw()
+            model(**batch).loss.backward()
+            depth.reweight()
+            seen[boundary] = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+            model.zero_grad()
+    for name, gradient in full.items():
+        parts = [odds[end] / 8 * found[name] for end, found in seen.items() if found[name] is not None]
+        assert len(parts) == {1: 1, 2: 2, 3: 3}[layer_of(name)]
+        torch.testing.assert_close(sum(parts), gradient, rtol=1e-12, atol=1e-15)
+    # The rarest depth's gradients are the loudest.
+    name = next(name for name in full if layer_of(name) == 1)
+    torch.testing.assert_close(seen[0][name], 8 * full[name], rtol=1e-12, atol=1e-15)
+
+
 def test_odds_are_followed_and_the_seed_decides(adapted):
     model, _ = adapted
 

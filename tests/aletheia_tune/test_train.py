@@ -325,6 +325,20 @@ def test_sampled_depth_trains_some_steps_from_the_upper_layer_alone(tune, tmp_pa
     assert_same_adapter(tmp_path / "out", tmp_path / "again")
 
 
+def test_reweighting_raises_the_gradients_that_are_seldom_reached(tune, tmp_path):
+    config = dataclasses.replace(CONFIG, sampled_depth={0: 1.0, 3: 1.0}, learning_rate=1e-3)
+    plain = tune(tmp_path / "plain", config)
+    weighted = tune(tmp_path / "weighted", dataclasses.replace(config, reweight_depth=True))
+    pairs = zip(plain.history, weighted.history, strict=True)
+    first, again = next(pair for pair in pairs if pair[0].grad_norm != pair[1].grad_norm)
+    # Until a pass goes below layer 3 the runs are one; there, layer 2 counts twice.
+    assert first.loss == again.loss
+    assert first.grad_norm < again.grad_norm < 2 * first.grad_norm
+    with pytest.raises(UserError, match="reweight_depth goes with sampled_depth"):
+        tune(tmp_path / "out", dataclasses.replace(CONFIG, reweight_depth=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_packing_is_the_padded_batch_without_padding(tune, tmp_path):
     padded = tune(tmp_path / "padded")
     packed = tune(tmp_path / "packed", dataclasses.replace(CONFIG, packing=True))
@@ -545,6 +559,10 @@ def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path
         ({"label_smoothing": 1.0}, "label smoothing is 1.0"),
         ({"schedule": "cosinus"}, "schedule 'cosinus' is unknown"),
         ({"sampled_depth": {2: -1.0}}, "the odds of layer 2 are -1.0"),
+        ({"shrink_after": 0.0}, "shrink_after is 0.0"),
+        ({"shrink_after": 100.0}, "shrink_after is 100.0"),
+        ({"shrink_after": 50.0, "shrink_to": 0.0}, "shrink_to is 0.0"),
+        ({"shrink_after": 50.0, "sampled_depth": {0: 1.0}}, "exclude each other"),
         ({"init": "zero"}, "init 'zero' is unknown"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
     ],

@@ -166,10 +166,9 @@ def targets(directory: Path) -> list[Target]:
     ]
     tasks = []
     for path in sorted((ROOT / "benchmarks" / "studies" / "tasks").glob("*.toml")):
-        tasks.append(
-            re.sub(rb"^(model|train|eval|other_text) = .*$", rb'\1 = "\1"', path.read_bytes(), flags=re.M)
-        )
-    for name in ("model", "train", "eval", "other_text"):
+        paths = rb'\b(model|train|eval|other_text|calibration) = "[^"]*"'
+        tasks.append(re.sub(paths, rb'\1 = "\1"', path.read_bytes()))
+    for name in ("model", "train", "eval", "other_text", "calibration"):
         (directory / name).mkdir()
     store_path = directory / "store"
 
