@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
+from aletheia_tune.scores.cka import Pooling
 from aletheia_tune.scores.controls import CONTROLS, control_layers
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Recipe:
         targets: as `make_plan` takes it; every linear by default.
         probe_batches: batches that the probe reads.
         probe_batch_size: examples in one of them.
+        pooling: of the score "cka", as `probe` takes it.
 
     Raises:
         UserError: a score of no such name, a share outside (0, 100], no probe batches.
@@ -46,6 +48,7 @@ class Recipe:
     targets: tuple[str, ...] | None = None
     probe_batches: int = 5
     probe_batch_size: int = 4
+    pooling: Pooling = "last"
 
     def __post_init__(self) -> None:
         known = (UNIFORM, *CONTROLS, *METHODS)
@@ -53,6 +56,10 @@ class Recipe:
             raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
         if not 0 < self.layers <= 100:
             raise UserError(f"layers is {self.layers}: give a share in percent, above 0 and up to 100")
+        if self.pooling not in get_args(Pooling):
+            raise UserError(
+                f"pooling {self.pooling!r} is unknown: choose one of {', '.join(get_args(Pooling))}"
+            )
         for name in ("probe_batches", "probe_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -82,6 +89,7 @@ class Recipe:
                 examples, self.probe_batch_size, pad_token_id(tokenizer), seed=seed, count=self.probe_batches
             ),
             method=self.score,
+            pooling=self.pooling,
             seed=seed,
         )
         return make_plan(
