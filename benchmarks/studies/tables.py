@@ -69,6 +69,10 @@ def loss(arm: dict[str, Any]) -> float:
     return float(arm["training"]["eval_loss_after"])
 
 
+def accuracy(arm: dict[str, Any]) -> float:
+    return float(arm["training"]["eval_accuracy_after"])
+
+
 def seconds(arm: dict[str, Any]) -> float:
     """Of the arm's whole training, probe, plan and patching with it."""
     training = arm["training"]
@@ -179,6 +183,7 @@ def one_race(race: dict[str, Any]) -> list[str]:
 def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
     """Every way to choose layers: where it ended, by how much that is worse than all layers, and what it took."""
     base = arms(verdict, everything)
+    classifies = base[0]["training"].get("eval_accuracy_after") is not None
     rows = []
     for name in sorted(names(verdict), key=lambda name: statistics.fmean(map(loss, arms(verdict, name)))):
         runs = arms(verdict, name)
@@ -195,6 +200,7 @@ def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
                 f"{verdict['chosen'][name]:g}",
                 " ".join(_ranges(layers)),
                 f"{statistics.fmean(map(loss, runs)):.4f}",
+                *((f"{statistics.fmean(map(accuracy, runs)):.3f}",) if classifies else ()),
                 "–" if name == everything else interval(differences),
                 f"{statistics.fmean(run['plan_seconds'] for run in runs):.1f}",
                 f"{pace:.3f}",
@@ -203,7 +209,8 @@ def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
             )
         )
     header = (
-        "layers chosen by", "rate", "which (seed 0)", "held-out loss, mean", f"less that of {everything}", "probe s",
+        "layers chosen by", "rate", "which (seed 0)", "held-out loss, mean",
+        *(("accuracy, mean",) if classifies else ()), f"less that of {everything}", "probe s",
         "s a step", "seconds in all", "peak MiB",
     )  # fmt: skip
     return table(header, rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -347,18 +348,24 @@ def identity(
 
 
 def table(kind: type[Any], rows: Sequence[Any]) -> Tensor:
-    """Instances of a dataclass of numbers as [rows, fields] float64, which holds floats and counts as they are."""
-    values = [list(vars(row).values()) for row in rows]
+    """Instances of a dataclass of numbers as [rows, fields] float64, which holds floats and counts as they are.
+
+    None becomes NaN, which no measurement that is kept is.
+    """
+    values = [[math.nan if value is None else value for value in vars(row).values()] for row in rows]
     return torch.tensor(values, dtype=torch.float64).view(-1, len(dataclasses.fields(kind)))
 
 
 def records(kind: type[Any], of: Tensor) -> list[Any]:
     """The instances that `table` was made of."""
     counts = [field.type == "int" for field in dataclasses.fields(kind)]
-    return [
-        kind(*(int(value) if count else value for count, value in zip(counts, row, strict=True)))
-        for row in of.tolist()
-    ]
+
+    def restored(value: float, is_count: bool) -> float | None:
+        if math.isnan(value):
+            return None
+        return int(value) if is_count else value
+
+    return [kind(*map(restored, row, counts)) for row in of.tolist()]
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -110,7 +110,9 @@ class Schedule(StrEnum):
 
 
 Model = Annotated[Path, typer.Option(help="Directory of the model and its tokenizer (safetensors).")]
-Train = Annotated[Path, typer.Option(help="Training examples, one JSON object a line.")]
+Train = Annotated[
+    Path, typer.Option(help="Training examples, one JSON object a line; of text and label: a classifier.")
+]
 Eval = Annotated[Path, typer.Option("--eval", help="Held-out examples, one JSON object a line.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="Plan, as `aletheia plan` writes it.")]
 OutDir = Annotated[
@@ -120,7 +122,10 @@ OutFile = Annotated[Path, typer.Option(help="File to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 PromptField = Annotated[str | None, typer.Option(help="Field of the prompt, not trained on.")]
 CompletionField = Annotated[str | None, typer.Option(help="Field of the completion, trained on.")]
-TextField = Annotated[str | None, typer.Option(help="Field of a plain text, trained on whole.")]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Field of a plain text, trained on whole, also where a label stands beside it."),
+]
 MessagesField = Annotated[
     str | None, typer.Option(help="Field of a chat; what the assistant says is trained on.")
 ]
@@ -234,14 +239,17 @@ def probe(
     """
     from aletheia_tune import files
     from aletheia_tune.data import batches as collated_batches
-    from aletheia_tune.data import pad_token_id
+    from aletheia_tune.data import class_names, pad_token_id
     from aletheia_tune.probe import faithful_batches
     from aletheia_tune.probe import probe as run_probe
 
     files.check_output(out, overwrite, directory=False)
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    loaded, tokenizer = _model(model, dtype)
-    examples = _load(train, tokenizer, max_length, fields)
+    classes = class_names(train, fields)
+    if faithful and classes is not None:
+        raise UserError("--faithful is the published probe of language models: leave it out for a classifier")
+    loaded, tokenizer = _model(model, dtype, classes, seed)
+    examples = _load(train, tokenizer, max_length, fields, classes)
     if faithful:
         chosen = faithful_batches(examples)
     else:
@@ -467,6 +475,7 @@ def train(
     To survive a kill: [bold]aletheia train ... --checkpoint-every 50 --resume[/bold], as often as it takes.
     """
     from aletheia_tune.checkpoint import check_output
+    from aletheia_tune.data import class_names
     from aletheia_tune.plan import Plan
     from aletheia_tune.train import TrainConfig, fine_tune
 
@@ -504,15 +513,21 @@ def train(
         threads=threads,
     )
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    loaded, tokenizer = _model(model, dtype)
-    examples = _load(train, tokenizer, max_length, fields)
-    held_out = _load(eval_file, tokenizer, max_length, fields)
+    classes = class_names(train, fields)
+    loaded, tokenizer = _model(model, dtype, classes, seed)
+    examples = _load(train, tokenizer, max_length, fields, classes)
+    held_out = _load(eval_file, tokenizer, max_length, fields, classes)
     result = fine_tune(
         loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite, resume=resume
     )
     print(
         f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss_after:.4f}, "
-        f"{result.step_seconds:.3g} s a step, {result.tokens_per_second:,.0f} tokens/s, "
+        + (
+            f"accuracy {result.eval_accuracy_before:.3f} -> {result.eval_accuracy_after:.3f}, "
+            if classes is not None
+            else ""
+        )
+        + f"{result.step_seconds:.3g} s a step, {result.tokens_per_second:,.0f} tokens/s, "
         f"{result.trainable_parameters:,} trainable parameters: {out}"
     )
     if prefix_cache is not None:
@@ -554,6 +569,7 @@ def compare(
     from rich.console import Console
 
     from aletheia_tune import files
+    from aletheia_tune.data import class_names
     from aletheia_tune.plan import Plan, uniform_plan
     from aletheia_tune.race import Arm, race
     from aletheia_tune.train import TrainConfig
@@ -572,7 +588,8 @@ def compare(
     )
     chosen = Plan.from_json(_read(plan_file, "plan"))
     text = None if other_text is None else _read(other_text, "text")
-    uniform = uniform_plan(_model(model, dtype)[0], rank=rank, alpha=2 * rank)
+    fields = _fields(prompt_field, completion_field, text_field, messages_field)
+    uniform = uniform_plan(_model(model, dtype, class_names(train, fields))[0], rank=rank, alpha=2 * rank)
     result = race(
         [Arm("uniform-peft", uniform, kernels=False), Arm("plan-kernels", chosen, kernels=True)],
         model,
@@ -580,7 +597,7 @@ def compare(
         eval_file,
         config,
         out,
-        fields=_fields(prompt_field, completion_field, text_field, messages_field),
+        fields=fields,
         extra_text=text,
         slice_steps=slice_steps,
         overwrite=overwrite,
@@ -640,23 +657,32 @@ def _fields(
     return Fields(prompt=prompt, completion=completion, text=text, messages=messages)
 
 
-def _model(directory: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _model(
+    directory: Path, dtype: Dtype, classes: tuple[str, ...] | None = None, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, in a process that keeps the memory of one step for the next."""
     from aletheia_kernels import tune_allocator
     from aletheia_tune.train import load_model
 
     tune_allocator()
-    return load_model(directory, dtype.value)
+    return load_model(directory, dtype.value, classes, seed)
 
 
-def _load(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, fields: Fields | None) -> Examples:
+def _load(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    fields: Fields | None,
+    classes: tuple[str, ...] | None,
+) -> Examples:
     from aletheia_tune.data import load_examples
 
-    examples = load_examples(path, tokenizer, max_length=max_length, fields=fields)
+    examples = load_examples(path, tokenizer, max_length=max_length, fields=fields, classes=classes)
+    most = max_length if classes is None else min(max_length, tokenizer.model_max_length)
     if examples.truncated or examples.dropped:
         print(
-            f"{path}: {examples.truncated} records cut to {max_length} tokens, "
-            f"{examples.dropped} left out for having no completion tokens; {len(examples)} remain",
+            f"{path}: {examples.truncated} records cut to {most} tokens, "
+            f"{examples.dropped} left out for having no tokens to learn; {len(examples)} remain",
             file=sys.stderr,
         )
     return examples

@@ -7,6 +7,9 @@ A record is an object in one of three formats, told from the first record unless
   ended with eos.
 * ``{"messages": [{"role": str, "content": str}, ...]}``: only the assistant's turns are learned.
 * ``{"text": str}``: every token is learned, and the eos that is appended.
+
+Or it is a text to classify, ``{"text": str, "label": str | int}``: `class_names` finds the classes of such a file, and
+with them the class is learned and no token.
 """
 
 from __future__ import annotations
@@ -46,10 +49,13 @@ class Fields:
 
 
 class Example(TypedDict):
-    """One tokenised record: ``labels`` is ``input_ids`` where a token is to be learned and -100 elsewhere."""
+    """One tokenised record: ``labels`` is ``input_ids`` where a token is to be learned and -100 elsewhere.
+
+    Of a text to classify it is the number of its class.
+    """
 
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int] | int
 
 
 class Examples(list[Example]):
@@ -73,6 +79,7 @@ def load_examples(
     max_length: int = 1024,
     fields: Fields | None = None,
     name: str = "train",
+    classes: Sequence[str] | None = None,
 ) -> Examples:
     """Reads, tokenises and labels every record of ``source``; the same input gives the same examples in the same order.
 
@@ -83,6 +90,8 @@ def load_examples(
         max_length: tokens kept of a record, at least 2; what is longer loses its end.
         fields: the names of the fields; without it the format is told from the first record.
         name: what to call a source that is not a file in messages.
+        classes: of texts to classify, as `class_names` gives them: every record has ``text`` and ``label``, and the
+            tokenizer's special tokens stand around what is kept of the text.
 
     Returns:
         At least one example. Each has a label other than -100 after its first token, which no token precedes
@@ -92,15 +101,16 @@ def load_examples(
         UserError: with the file and the line number (or the source's name and the record's number, from 1): a
             missing or unreadable file, a directory, no record at all, a line that is not UTF-8, not JSON or
             not an object, a record without the fields, a field of another type, a chat template that refuses
-            a conversation or cannot be masked; and when no example is left.
+            a conversation or cannot be masked, a label that is none of the classes; and when no example is left.
     """
     if max_length < 2:
         raise UserError(
             f"max length {max_length} is too short: a token and its successor are needed, pass 2 or more"
         )
-    is_file = isinstance(source, (str, os.PathLike))
-    label = str(source) if is_file else name
-    records = _read_jsonl(Path(source)) if isinstance(source, (str, os.PathLike)) else _number(source, name)
+    label = str(source) if isinstance(source, (str, os.PathLike)) else name
+    records = _records(source, name)
+    if classes is not None:
+        return _classified(records, tokenizer, classes, max_length, label)
 
     named = _check_fields(fields) if fields is not None else None
     examples = Examples()
@@ -130,6 +140,47 @@ def load_examples(
     return examples
 
 
+def class_names(
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    fields: Fields | None = None,
+    *,
+    name: str = "train",
+) -> tuple[str, ...] | None:
+    """The classes of texts to classify, whose numbers are their places: integers ascending, or strings in their order.
+
+    Args:
+        source: as `load_examples` takes it. It is one to classify when its first record has ``text`` and ``label``, and
+            neither ``prompt`` and ``completion`` nor ``messages``.
+        fields: names that are given mean that the text is learned, whatever stands beside it.
+        name: as `load_examples` takes it.
+
+    Returns:
+        The labels, an integer as its digits; None where there is nothing to classify.
+
+    Raises:
+        UserError: as `load_examples` raises it; a record without a label, or with one that is neither a string nor
+            an integer; one label alone.
+    """
+    if fields is not None:
+        return None
+    labels: set[str | int] = set()
+    for where, record in _records(source, name):
+        if not labels and not (_detect(record, where).text and "label" in record):
+            return None
+        labels.add(_class(record, where))
+    if not labels:
+        return None
+    number_of = {str(one): one for one in labels}
+    if len(number_of) == 1:
+        only = next(iter(number_of))
+        label = str(source) if isinstance(source, (str, os.PathLike)) else name
+        raise UserError(
+            f"{label}: every label is {only!r}: a classifier needs at least two (--text-field text learns the texts)"
+        )
+    whole = all(isinstance(one, int) for one in labels)
+    return tuple(sorted(number_of, key=int if whole else str))
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's pad token, or its eos where it has none (padding is masked either
     way).
@@ -148,19 +199,21 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
 
     Returns:
         ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (-100 on padding), each int64 [batch,
-        tokens].
+        tokens]; of texts to classify ``labels`` is [batch].
     """
     longest = max(len(example["input_ids"]) for example in examples)
     width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     shape = (len(examples), width)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    classifies = isinstance(examples[0]["labels"], int)
+    labels = torch.full(shape[:1] if classifies else shape, IGNORED, dtype=torch.int64)
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
         input_ids[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
         attention_mask[row, :length] = 1
-        labels[row, :length] = torch.tensor(example["labels"], dtype=torch.int64)
+        place = row if classifies else (row, slice(length))
+        labels[place] = torch.tensor(example["labels"], dtype=torch.int64)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -190,6 +243,13 @@ def batches(
     return [
         collate([examples[i] for i in order[start : start + batch_size]], pad_token_id) for start in starts
     ]
+
+
+def _records(
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], name: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every record after the words that say where it stands."""
+    return _read_jsonl(Path(source)) if isinstance(source, (str, os.PathLike)) else _number(source, name)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -288,6 +348,46 @@ def _conversation(
         for key in ("role", "content"):
             _string(turn, key, f"{where}: message {number}")
     return list(turns)
+
+
+def _class(record: Mapping[str, Any], where: str) -> str | int:
+    """The label of a text to classify."""
+    label = _field(record, "label", where)
+    if isinstance(label, str):
+        return _string(record, "label", where)
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise UserError(f"{where}: field 'label' is neither a string nor an integer but {_type_name(label)}")
+    return label
+
+
+def _classified(
+    records: Iterable[tuple[str, Mapping[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    max_length: int,
+    label: str,
+) -> Examples:
+    """Texts with the number of their class, cut to what both `max_length` and the tokenizer allow."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    most = min(max_length, tokenizer.model_max_length)
+    examples = Examples()
+    for where, record in records:
+        text, name = _string(record, "text", where), str(_class(record, where))
+        if name not in number_of:
+            known = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
+            raise UserError(f"{where}: label {name!r} is none of the training data's: {known}")
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > most:
+            # Not cut by hand: what stands at the end of every text has to stay there.
+            ids = tokenizer(text, truncation=True, max_length=most, verbose=False)["input_ids"]
+            examples.truncated += 1
+        if ids:
+            examples.append({"input_ids": list(ids), "labels": number_of[name]})
+        else:
+            examples.dropped += 1
+    if not examples:
+        raise UserError(f"{label} has no text with a token in it: it needs at least one")
+    return examples
 
 
 def _field(record: Mapping[str, Any], field: str, where: str) -> Any:

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from aletheia_tune.classification import head_modules
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import (
     bare_model,
@@ -152,7 +153,7 @@ class Plan:
         return Plan(modules, data["num_layers"], data["layer_path"], data.get("dropout", 0.0), data["meta"])
 
     def trainable_parameters(self, model: nn.Module | Mapping[str, Sequence[int]]) -> int:
-        """Entries of every A [rank, in] and B [out, rank]; times the experts for an expert parameter.
+        """Entries of every A [rank, in] and B [out, rank], times the experts for an expert parameter; no head's.
 
         Args:
             model: the model, bare or adapted, or by module name (in_features, out_features), for an expert
@@ -177,6 +178,8 @@ class Plan:
         too), and PEFT rewrites targets of some MoE models. So the configuration is rehearsed by PEFT itself
         on an empty copy of the model's module tree, and any difference from the plan is an error.
 
+        A classifier's head is trained whole beside the adapters, and saved with them.
+
         Args:
             model: bare or already adapted; it is not changed.
 
@@ -196,6 +199,7 @@ class Plan:
                 f"expert parameter {parameters[0]!r} cannot have dropout {self.dropout}: plan dropout 0"
             )
 
+        head = head_modules(bare[""])
         # PEFT wrongly warns that patterns which match a parameter are ignored, so parameters set the common values.
         common = [self.modules[name] for name in parameters or linears]
         rank = Counter(module.rank for module in common).most_common(1)[0][0]
@@ -214,7 +218,8 @@ class Plan:
             fan_in_fan_out=bool(linears)
             and not parameters
             and all(isinstance(bare[n], Conv1D) for n in linears),
-            task_type="CAUSAL_LM" if _is_causal_lm(bare[""]) else None,
+            task_type="SEQ_CLS" if head else "CAUSAL_LM" if _is_causal_lm(bare[""]) else None,
+            modules_to_save=head or None,
         )
         self._rehearse(config, bare)
         return config

@@ -28,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aletheia_tune.classification import head_modules
 from aletheia_tune.dora import is_dora
 from aletheia_tune.environment import versions
 from aletheia_tune.errors import UserError
@@ -171,7 +172,8 @@ class _Prefix:
         self.bare = bare_model(model)
         self.transformer = _transformer_of(self.bare, found.path)
         self.below, self.above = list(found.layers)[:depth], list(found.layers)[depth:]
-        elsewhere = {id(module) for layer in self.above for module in layer.modules()}
+        after = [*self.above, *map(self.bare.get_submodule, head_modules(self.bare))]
+        elsewhere = {id(module) for part in after for module in part.modules()}
         self.modules = {
             name: module for name, module in self.bare.named_modules() if id(module) not in elsewhere
         }

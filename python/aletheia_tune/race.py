@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 
 from aletheia_kernels import tune_allocator
 from aletheia_tune import files
-from aletheia_tune.data import Collator, Example, Fields, load_examples, pad_token_id
+from aletheia_tune.data import Collator, Example, Fields, class_names, load_examples, pad_token_id
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import Plan
 from aletheia_tune.recipe import Recipe
@@ -121,6 +121,11 @@ class RaceResult:
     arms: tuple[ArmResult, ...]
     meta: dict[str, Any]
 
+    @property
+    def loss_unit(self) -> str:
+        """What held-out loss is measured in."""
+        return "nats a text" if self.meta.get("classes") else "nats a token"
+
     def to_json(self) -> str:
         """As JSON text, with a format name and a version."""
         arms = [
@@ -199,6 +204,7 @@ class RaceResult:
         """The table's text, for whoever draws it."""
         objection = self.objection()
         base = self.arms[0].training.step_seconds
+        accuracy = self.arms[0].training.eval_accuracy_before is not None
         rows = []
         for arm in self.arms:
             training = arm.training
@@ -212,13 +218,19 @@ class RaceResult:
                     _spread([record.step_seconds for record in training.history]),
                     speedup,
                     _change(training.eval_loss_before, training.eval_loss_after, 4),
+                    *(
+                        (_change(training.eval_accuracy_before, training.eval_accuracy_after, 3),)
+                        if accuracy
+                        else ()
+                    ),
                     _change(arm.perplexity_before, arm.perplexity_after, 2),
                     f"{training.peak_memory_mb:,.0f} MiB",
                 )
             )
         other = f"{self.meta['other_text']} perplexity" if self.meta.get("other_text") else HEADER[6]
         notes = (f"No speed-up is given: {objection}.",) if objection else ()
-        return RaceTable((*HEADER[:6], other, HEADER[7]), tuple(rows), notes)
+        shown = (*HEADER[:6], *(("held-out accuracy",) if accuracy else ()), other, HEADER[7])
+        return RaceTable(shown, tuple(rows), notes)
 
     def table(self) -> Table:
         """The table for a terminal; remarks stand under it."""
@@ -253,7 +265,8 @@ def race(
     Args:
         arms: at least one, of different names; the first is the baseline.
         model_dir: as `load_model` takes it; each arm loads its own copy.
-        train_path, eval_path: jsonl files.
+        train_path, eval_path: jsonl files; of texts to classify (see `data.class_names`), every arm trains a
+            classifier, whose head is new and the same in all of them.
         config: for all arms; `kernels` comes from the arm.
         out: directory for `race.json` and one directory an arm, as `fine_tune` writes it.
         fields: names of the fields in the jsonl files.
@@ -267,7 +280,8 @@ def race(
         The race; `objection()` says whether its speeds may be read.
 
     Raises:
-        UserError: any arm's, with its name before it; the other arms are stopped and nothing is written.
+        UserError: any arm's, with its name before it; the other arms are stopped and nothing is written. Labels as
+            `data.class_names` refuses them; a text of another kind with a classifier, which gives it no perplexity.
         RuntimeError: an arm failed otherwise, with that arm's traceback.
     """
     names = [arm.name for arm in arms]
@@ -276,6 +290,9 @@ def race(
         raise UserError(f"arms need different names that can be directory names, got {names}")
     if slice_steps < 1:
         raise UserError(f"slice is {slice_steps} steps: it must be at least 1")
+    classes = class_names(train_path, fields)
+    if classes is not None and extra_text is not None:
+        raise UserError("a classifier has no perplexity: leave the other text out")
     with files.output_directory(out, overwrite) as directory:
         tasks = []
         for arm in arms:
@@ -289,6 +306,7 @@ def race(
                     eval_path=str(eval_path),
                     config=dataclasses.replace(own, kernels=arm.kernels, progress=False),
                     fields=fields,
+                    classes=classes,
                     extra_text=extra_text,
                     slice_steps=max(1, round(slice_steps * pace)),
                     out=str(directory / arm.name),
@@ -311,6 +329,7 @@ def race(
             "model": str(model_dir),
             "train": str(train_path),
             "eval": str(eval_path),
+            "classes": None if classes is None else list(classes),
             "slice_steps": slice_steps,
             "other_text": extra_text_name if extra_text is not None else None,
             "allocator": "tuned" if all(done["allocator_tuned"] for done in finished) else "as it comes",
@@ -347,6 +366,7 @@ class _Task:
     eval_path: str
     config: TrainConfig
     fields: Fields | None
+    classes: tuple[str, ...] | None
     extra_text: str | None
     slice_steps: int
     out: str
@@ -376,8 +396,8 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
     config = task.config
     # In every arm, PEFT's own too: which of them pays for a page twice would depend on their histories.
     tuned = tune_allocator()
-    model, tokenizer = load_model(task.model_dir, config.dtype)
-    options = {"max_length": config.max_length, "fields": task.fields}
+    model, tokenizer = load_model(task.model_dir, config.dtype, task.classes, config.seed)
+    options = {"max_length": config.max_length, "fields": task.fields, "classes": task.classes}
     train = load_examples(task.train_path, tokenizer, **options)  # type: ignore[arg-type]
     held_out = load_examples(task.eval_path, tokenizer, name="eval", **options)  # type: ignore[arg-type]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from aletheia_tune.cost import Calibration
 from aletheia_tune.data import Example, batches, pad_token_id
@@ -14,6 +14,7 @@ from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
+from aletheia_tune.scores.cka import Pooling
 from aletheia_tune.scores.controls import CONTROLS, control_layers
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Recipe:
         sampled_depth: expected time of a step in percent of one that trains every adapter; sets the odds with which
             backward passes end at each depth from the scores and the calibration's prices (see `depth_odds`).
         calibration: file with these prices, as `aletheia cost` writes it.
+        pooling: of the score "cka", as `probe` takes it.
 
     Raises:
         UserError: a score of no such name, a share outside (0, 100], no probe batches, only one of sampled_depth and
@@ -55,6 +57,7 @@ class Recipe:
     probe_batch_size: int = 4
     sampled_depth: float | None = None
     calibration: str | None = None
+    pooling: Pooling = "last"
 
     def __post_init__(self) -> None:
         known = (UNIFORM, *CONTROLS, *METHODS)
@@ -62,6 +65,10 @@ class Recipe:
             raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
         if not 0 < self.layers <= 100:
             raise UserError(f"layers is {self.layers}: give a share in percent, above 0 and up to 100")
+        if self.pooling not in get_args(Pooling):
+            raise UserError(
+                f"pooling {self.pooling!r} is unknown: choose one of {', '.join(get_args(Pooling))}"
+            )
         for name in ("probe_batches", "probe_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -105,6 +112,7 @@ class Recipe:
                 examples, self.probe_batch_size, pad_token_id(tokenizer), seed=seed, count=self.probe_batches
             ),
             method=self.score,
+            pooling=self.pooling,
             seed=seed,
         )
         return make_plan(

@@ -294,6 +294,8 @@ class SeedVerdict:
         start_seconds: of `seconds_to_target`, what passed before the first step.
         ratio_after_first_step: the ratio of both times without either arm's first step, which also warms the process
             up: what a longer run tends to.
+        accuracy: of a classifier, on the held-out texts after its last step; None of another model.
+        baseline_accuracy: the same of the baseline that set the target.
     """
 
     ratio_time_to_target: float | None
@@ -307,6 +309,8 @@ class SeedVerdict:
     baseline_forgetting: float | None
     start_seconds: float
     ratio_after_first_step: float | None
+    accuracy: float | None = None
+    baseline_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -356,6 +360,7 @@ class Verdict:
 
     def cells(self) -> RaceTable:
         """The verdict's text, a row for each challenger and seed."""
+        accuracy = any(one.accuracy is not None for seeds in self.arms.values() for one in seeds.values())
         header = (
             "arm",
             "rate",
@@ -363,6 +368,7 @@ class Verdict:
             "time to target",
             "loss at equal time",
             "loss at equal steps",
+            *(("accuracy",) if accuracy else ()),
             "forgetting",
             "trainable parameters",
             "peak memory",
@@ -383,6 +389,7 @@ class Verdict:
                         ratio,
                         _against(one.loss_equal_time, one.baseline_loss_equal_time, 4),
                         _against(one.loss_equal_steps, one.target, 4),
+                        *((_against(one.accuracy, one.baseline_accuracy, 3),) if accuracy else ()),
                         _against(one.forgetting, one.baseline_forgetting, 3),
                         f"{costs['trainable_parameters']:,.0f}",
                         f"{costs['peak_memory_mb']:,.0f} MiB",
@@ -514,6 +521,8 @@ def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> S
         ratio_after_first_step=None
         if to_target is None
         else (to_target - challenger.training.history[0].step_seconds) / warm,
+        accuracy=challenger.training.eval_accuracy_after,
+        baseline_accuracy=best.training.eval_accuracy_after,
     )
 
 

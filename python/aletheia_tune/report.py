@@ -141,7 +141,8 @@ def _judgement(verdict: Verdict) -> str:
 def _verdict_figures(verdict: Verdict) -> list[dict[str, str]]:
     """Where every arm ended, then for each seed the way there of as many arms as can be told apart."""
     results = verdict.results()
-    names = [arm.name for arm in next(iter(results.values())).arms]
+    first = next(iter(results.values()))
+    names, unit = [arm.name for arm in first.arms], first.loss_unit
     ends = {
         name: [
             arm.training.evals[-1].loss
@@ -154,7 +155,7 @@ def _verdict_figures(verdict: Verdict) -> list[dict[str, str]]:
     rows = [(name, losses) for name, losses in ends.items() if losses]
     words = "; ".join(f"{name}: {', '.join(f'{loss:.4f}' for loss in losses)}" for name, losses in rows)
     strips = figures.loss_strips(
-        rows, x_label="held-out loss at the end (nats a token)", label=f"Held-out loss at the end. {words}."
+        rows, x_label=f"held-out loss at the end ({unit})", label=f"Held-out loss at the end. {words}."
     )
     drawn = [_figure(strips, "Every arm after all its steps: a mark for each seed, a bar at the mean.")]
     shown = [name for name in names if name not in verdict.arms or name == verdict.recommended]
@@ -175,7 +176,7 @@ def _verdict_figures(verdict: Verdict) -> list[dict[str, str]]:
         svg = figures.loss_curves(
             curves,
             x_label="seconds, probe and patching included",
-            y_label="held-out loss (nats a token)",
+            y_label=f"held-out loss ({unit})",
             label=f"Held-out loss by time, seed {seed}. {words}.",
             target=verdicts[seed].target if seed in verdicts else None,
         )
@@ -256,7 +257,7 @@ def _curves(result: RaceResult, scores: Scores) -> list[dict[str, str]]:
         f"{curve.name}: from {curve.loss[0]:.4f} to {curve.loss[-1]:.4f}" for curve in by_step if curve.loss
     )
     times = "; ".join(f"{curve.name}: {curve.x[-1]:.0f} s" for curve in by_time if curve.x)
-    y_label = "held-out loss (nats a token)"
+    y_label = f"held-out loss ({result.loss_unit})"
     return [
         _figure(
             figures.loss_curves(

@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.checkpoint import Checkpoint, Keeper, identity, records, table
+from aletheia_tune.classification import class_of, is_classifier, load_classifier
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
 from aletheia_tune.environment import is_first_process, native_dtype, peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
@@ -83,7 +84,8 @@ class TrainConfig:
             2402.12354).
         schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
         warmup: steps of linear warm-up; below 1, the share of all steps.
-        label_smoothing: share of every label that all tokens of the vocabulary divide among them, in training alone.
+        label_smoothing: share of every label that all tokens of the vocabulary, or all classes, divide among them, in
+            training alone.
         init: of the adapters' A: "default" is PEFT's; "gradient" spans the leading directions of the weights'
             gradients over the first 4 batches of a shuffle of its own (`start.gradient_start`), at a cost that counts
             as training time. B begins as 0 in either.
@@ -215,11 +217,15 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """Held-out loss per labelled token after `step` updates and `seconds` of training."""
+    """Held-out loss per label (a token; of a classifier a text) after `step` updates and `seconds` of training.
+
+    `accuracy` is a classifier's: the share of held-out texts whose own class has the largest logit.
+    """
 
     step: int
     seconds: float
     loss: float
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ class TrainResult:
     Attributes:
         history: every optimizer step.
         evals: every evaluation, the first before training (step 0).
-        trainable_parameters: number of adapter weights.
+        trainable_parameters: number of adapter weights, a classifier's head with them.
         peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated memory.
         patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
@@ -242,6 +248,7 @@ class TrainResult:
         stopped: why training ended early; None when it ran to its end.
         config: the `TrainConfig` as a dictionary.
         versions: of Python and the packages.
+        classes: of a classifier, by number; None of another model.
         model: the trained PEFT model, its forwards PEFT's own again; None when read from JSON.
     """
 
@@ -259,19 +266,34 @@ class TrainResult:
     versions: dict[str, str]
     setup_seconds: float = 0.0
     prefix_cache: str = NO_PREFIX_CACHE
+    classes: tuple[str, ...] | None = None
     model: PeftModel | None = field(default=None, repr=False, compare=False)
 
     @property
     def eval_loss_before(self) -> float | None:
-        """Held-out loss per labelled token of the model before the first update."""
+        """Held-out loss per label of the model before the first update."""
         return self.evals[0].loss if self.evals else None
 
     @property
     def eval_loss_after(self) -> float | None:
-        """Held-out loss per labelled token after the last step; None if training stopped early."""
+        """Held-out loss per label after the last step; None if training stopped early."""
+        return None if self._last_eval is None else self._last_eval.loss
+
+    @property
+    def eval_accuracy_before(self) -> float | None:
+        """A classifier's held-out accuracy before the first update."""
+        return self.evals[0].accuracy if self.evals else None
+
+    @property
+    def eval_accuracy_after(self) -> float | None:
+        """A classifier's held-out accuracy after the last step; None if training stopped early."""
+        return None if self._last_eval is None else self._last_eval.accuracy
+
+    @property
+    def _last_eval(self) -> EvalRecord | None:
         if self.stopped or not self.evals or not self.history or self.evals[-1].step != self.history[-1].step:
             return None
-        return self.evals[-1].loss
+        return self.evals[-1]
 
     @property
     def step_seconds(self) -> float | None:
@@ -293,6 +315,8 @@ class TrainResult:
             "stopped": self.stopped,
             "eval_loss_before": self.eval_loss_before,
             "eval_loss_after": self.eval_loss_after,
+            "eval_accuracy_before": self.eval_accuracy_before,
+            "eval_accuracy_after": self.eval_accuracy_after,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "trainable_parameters": self.trainable_parameters,
@@ -305,6 +329,7 @@ class TrainResult:
             "peak_memory_mb": self.peak_memory_mb,
             "config": self.config,
             "versions": self.versions,
+            "classes": None if self.classes is None else list(self.classes),
             "patch_report": self.patch_report,
             "evals": [dataclasses.asdict(record) for record in self.evals],
             "history": [dataclasses.asdict(record) for record in self.history],
@@ -335,6 +360,7 @@ class TrainResult:
                 config=values["config"],
                 versions=values["versions"],
                 setup_seconds=values.get("setup_seconds", 0.0),
+                classes=None if values.get("classes") is None else tuple(values["classes"]),
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"these are not aletheia metrics of version 1: {error}") from error
@@ -349,15 +375,24 @@ def _resolved(dtype: str) -> str:
 
 
 def load_model(
-    model_dir: str | os.PathLike[str], dtype: str = "auto"
+    model_dir: str | os.PathLike[str],
+    dtype: str = "auto",
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
 
-    Weights are read from safetensors only, and no code that comes with the model is run. `dtype` is "bfloat16",
-    "float32", or "auto" for `native_dtype`.
+    Weights are read from safetensors only, and no code that comes with the model is run.
+
+    Args:
+        model_dir: the directory, or a name in the cache.
+        dtype: of the weights, "bfloat16", "float32", or "auto" for `native_dtype`.
+        classes: a sequence classifier for these classes instead, as `classification.load_classifier` makes it.
+        seed: of a classifier's new head.
 
     Raises:
-        UserError: nothing there, not a causal language model, no tokenizer, or an unknown dtype.
+        UserError: nothing there, not a causal language model (a model with a classifier), no tokenizer, or an unknown
+            dtype; as `load_classifier` raises it.
     """
     dtype = _resolved(dtype)
     path = Path(model_dir)
@@ -377,9 +412,11 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], local_files_only=local, use_safetensors=True
-        )
+        options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": local, "use_safetensors": True}
+        if classes is None:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        else:
+            model = load_classifier(source, tokenizer, classes, seed, **options)
     except (OSError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
@@ -391,32 +428,46 @@ def load_model(
     return model, tokenizer
 
 
-@torch.no_grad()
 def held_out_loss(
     model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int
 ) -> float:
-    """Mean cross entropy, in nats per labelled token over all examples (not a mean of batch means).
+    """The loss that `held_out` gives."""
+    return held_out(model, examples, collator, batch_size)[0]
 
-    The model runs in eval mode and is left in the mode it was in. Examples of like length share a batch.
+
+@torch.no_grad()
+def held_out(
+    model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int
+) -> tuple[float, float | None]:
+    """Mean cross entropy, in nats per label over all examples (not a mean of batch means), and a classifier's accuracy.
+
+    A language model's labels are tokens, a classifier's the classes of texts; accuracy is the share of texts whose own
+    class has the largest logit. The model runs in eval mode and is left in the mode it was in. Examples of like length
+    share a batch.
     """
     device = next(model.parameters()).device
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
-    total, tokens = 0.0, 0
+    total, count = 0.0, 0
+    right: int | None = None
     with _eval_mode(model):
         for start in range(0, len(ordered), batch_size):
             batch = {
                 name: tensor.to(device)
                 for name, tensor in collator(ordered[start : start + batch_size]).items()
             }
-            labels = batch.pop("labels")[:, 1:]
+            labels = batch.pop("labels")
+            if labels.dim() == 1:
+                logits = model(**batch).logits
+                right = (right or 0) + int((logits.argmax(-1) == labels).sum())
+            else:
+                logits, labels = model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
             labelled = labels != -100
-            logits = model(**batch, use_cache=False).logits[:, :-1]
             # Only the labelled rows go to fp32: all of them would be the largest tensor of the run.
             total += F.cross_entropy(logits[labelled].float(), labels[labelled], reduction="sum").item()
-            tokens += int(labelled.sum())
-    if tokens == 0:
+            count += int(labelled.sum())
+    if count == 0:
         raise UserError("the held-out examples have no labelled token after the first")
-    return total / tokens
+    return total / count, None if right is None else right / count
 
 
 def fine_tune(
@@ -467,14 +518,18 @@ def fine_tune(
 
     Raises:
         UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
-            model that does not keep packed examples apart, gradients reweighted without sampled depth, a plan that
-            cannot shrink as asked; a checkpoint that is damaged, of another training, or there without `resume`; the
-            disk is full.
+            classifier or a model that does not keep packed examples apart, gradients reweighted without sampled depth,
+            a plan that cannot shrink as asked; a checkpoint that is damaged, of another training, or there without
+            `resume`; the disk is full.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
         raise UserError("there are no training examples")
+    if config.packing and is_classifier(model):
+        raise UserError(
+            "packing is for language models: a classifier reads one text a row, so train without it"
+        )
     if config.reweight_depth and config.sampled_depth is None:
         raise UserError("reweight_depth goes with sampled_depth: give both")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
@@ -564,6 +619,7 @@ def fine_tune(
             config=json.loads(json.dumps(dataclasses.asdict(config))),
             versions=versions(),
             setup_seconds=setup_seconds,
+            classes=class_of(model),
             model=peft_model,
         )
         # The embeddings are frozen: without the flag PEFT may ask the hub whether they were resized.
@@ -636,11 +692,11 @@ class _Run(TrainerCallback):
         self.seconds += time.perf_counter() - started
 
     def evaluate(self) -> None:
-        loss = held_out_loss(self.model, self.eval_examples, self.collator, self.config.eval_batch_size)
+        loss, accuracy = held_out(self.model, self.eval_examples, self.collator, self.config.eval_batch_size)
         if not math.isfinite(loss):
             raise _NonFinite("held-out loss", loss, len(self.history))
         self.worth_keeping = True
-        self.evals.append(EvalRecord(len(self.history), self.seconds, loss))
+        self.evals.append(EvalRecord(len(self.history), self.seconds, loss, accuracy))
 
     def to_the_end(self, trainer: Trainer, out_dir: str | os.PathLike[str]) -> BaseException | None:
         """Evaluate, train, evaluate; if it ended early, what to raise once the good weights are saved."""
@@ -925,6 +981,9 @@ def _trainer(
         callbacks=callbacks,
     )
     trainer.run = run
+    if is_classifier(run.model):
+        # Its loss is the mean of one forward pass, whatever number of labels the Trainer counts in a step.
+        trainer.model_accepts_loss_kwargs = False
     if config.lora_plus != 1.0:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         trainer.optimizer = create_loraplus_optimizer(

@@ -391,15 +391,15 @@ def test_epochs_are_passes_over_the_examples(tune, tmp_path):
 
 def test_evaluation_is_in_no_time_of_training(tune, tmp_path, monkeypatch):
     clock = itertools.count()
-    evaluate = train.held_out_loss
+    evaluate = train.held_out
 
-    def slow(*args: Any) -> float:
+    def slow(*args: Any) -> tuple[float, float | None]:
         for _ in range(10_000):
             next(clock)
         return evaluate(*args)
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    monkeypatch.setattr(train, "held_out_loss", slow)
+    monkeypatch.setattr(train, "held_out", slow)
     result = tune(tmp_path / "out", dataclasses.replace(CONFIG, eval_every=1))
     assert [record.step_seconds for record in result.history] == [1.0] * 6
     assert result.history[-1].seconds == 6.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,9 +28,12 @@ def demo() -> Iterator[ModuleType]:
 def users_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, train_file: Path, eval_file: Path
 ) -> Path:
-    """The working directory of a user: a model DIR, train.jsonl and eval.jsonl."""
+    """The working directory of a user: a model DIR, train.jsonl and eval.jsonl, and reviews to classify."""
     (tmp_path / "DIR").symlink_to(tiny_model_dir)
     shutil.copy(train_file, tmp_path / "train.jsonl")
     shutil.copy(eval_file, tmp_path / "eval.jsonl")
+    for name, count in (("reviews", 24), ("reviews-eval", 6)):
+        rows = [{"text": "a b c" if at % 2 else "d e f", "label": at % 2} for at in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path

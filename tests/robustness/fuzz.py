@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aletheia_tune.checkpoint import Checkpoint
 from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape, ModuleShape
-from aletheia_tune.data import load_examples
+from aletheia_tune.data import class_names, load_examples
 from aletheia_tune.errors import UserError
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.prefix_store import RowStore
@@ -164,6 +164,10 @@ def targets(directory: Path) -> list[Target]:
         b'{"text": "a b c"}\n\n{"text": "d e"}\n',
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
     ]
+    labelled = [
+        b'{"text": "a b c", "label": "x"}\n{"text": "d e", "label": "y"}\n{"text": "f", "label": "x"}\n',
+        b'{"text": "a b c", "label": 10}\n{"text": "d e", "label": -2}\n',
+    ]
     tasks = []
     for path in sorted((ROOT / "benchmarks" / "studies" / "tasks").glob("*.toml")):
         paths = rb'\b(model|train|eval|other_text|calibration) = "[^"]*"'
@@ -171,6 +175,9 @@ def targets(directory: Path) -> list[Target]:
     for name in ("model", "train", "eval", "other_text", "calibration"):
         (directory / name).mkdir()
     store_path = directory / "store"
+
+    def read_labelled(path: Path) -> None:
+        load_examples(path, words, max_length=16, classes=class_names(path))
 
     def read_store(path: Path) -> None:
         store_path.mkdir(exist_ok=True)
@@ -209,6 +216,7 @@ def targets(directory: Path) -> list[Target]:
         Target("race", [race.to_json().encode()], lambda path: RaceResult.from_json(path.read_text("utf-8"))),
         Target("task", tasks, read_task),
         Target("examples", lines, lambda path: load_examples(path, words, max_length=16)),
+        Target("labelled examples", labelled, read_labelled),
         Target("prefix index", [index], read_store),
         Target("checkpoint", [checkpoint_path.read_bytes()], Checkpoint.read),
     ]

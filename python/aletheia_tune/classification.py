@@ -1,0 +1,108 @@
+"""Sequence classifiers: which models are such, which of their parts are new, and how one is loaded for given classes.
+
+Beside its backbone a classifier has a head, which is drawn at random where the checkpoint is of a bare encoder or of a
+language model. A plan chooses among the backbone's layers; the head is trained with every plan and saved beside the
+adapters (PEFT's ``modules_to_save``), because nobody could draw the same one again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging
+
+from aletheia_tune.data import pad_token_id
+from aletheia_tune.errors import UserError
+from aletheia_tune.layers import bare_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model, bare or in PEFT, gives one row of logits for a whole text."""
+    return type(bare_model(model)).__name__.endswith("ForSequenceClassification")
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of the modules that a classifier has beside its backbone, without those that hold no weight.
+
+    BERT has one (``classifier``), Llama (``score``), DeBERTa two (``pooler``, ``classifier``); a model that is no
+    classifier has none.
+    """
+    bare: Any = bare_model(model)
+    if not is_classifier(bare):
+        return []
+    return [
+        name
+        for name, module in bare.named_children()
+        if name != bare.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def class_of(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of a classifier's classes in the order of their numbers; None for another model."""
+    if not is_classifier(model):
+        return None
+    names = bare_model(model).config.id2label
+    return tuple(names[number] for number in sorted(names))
+
+
+def load_classifier(
+    source: str, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], seed: int, **options: Any
+) -> PreTrainedModel:
+    """A classifier from a checkpoint, with the checkpoint's head if it has one of as many classes, else with a new one.
+
+    The tokenizer's limit of a text's length is lowered to the model's, and the model is told how batches are padded,
+    which decoders need to find the last token of a text.
+
+    Args:
+        source: directory, or name in the local cache.
+        tokenizer: of the model.
+        classes: names, whose places are their numbers; at least two.
+        seed: of a new head; the global random state stays as it was.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: the checkpoint has a head for another number of classes, or lacks weights of the backbone, which a
+            saved adapter would not hold.
+    """
+    before = logging.get_verbosity()
+    # What is missing is told below, and what is new is meant to be.
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                source,
+                id2label=dict(enumerate(classes)),
+                label2id={name: number for number, name in enumerate(classes)},
+                problem_type="single_label_classification",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    finally:
+        logging.set_verbosity(before)
+    other = sorted(str(key) for key, *_ in info["mismatched_keys"])
+    if other:
+        raise UserError(
+            f"the checkpoint's {other[0]} is not for the data's {len(classes)} classes: give data with its classes, or "
+            "a model without a head"
+        )
+    head = head_modules(model)
+    lost = sorted(key for key in info["missing_keys"] if key.partition(".")[0] not in head)
+    if lost:
+        raise UserError(
+            f"the checkpoint lacks {lost[0]} (of {len(lost)} weights under the head of {type(model).__name__}), which "
+            "would be drawn anew at every load: give a checkpoint that has them"
+        )
+    config = model.config.get_text_config()
+    config.pad_token_id = pad_token_id(tokenizer)
+    if isinstance(positions := getattr(config, "max_position_embeddings", None), int):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return model
