@@ -374,7 +374,12 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _examples(examples: Iterable[Example]) -> str:
-    return _digest([json.dumps([list(one["input_ids"]), list(one["labels"])]).encode() for one in examples])
+    def plain(values: list[int] | int) -> list[int] | int:
+        return values if isinstance(values, int) else list(values)
+
+    return _digest(
+        [json.dumps([plain(one["input_ids"]), plain(one["labels"])]).encode() for one in examples]
+    )
 
 
 def _digest(parts: Iterable[bytes | memoryview]) -> str:

@@ -108,8 +108,9 @@ def measured(result: TrainResult) -> list[Any]:
         ({"checkpoint_every": 6}, 8),  # goes on where an epoch begins
         ({"batch_size": 3, "gradient_accumulation": 3, "group_by_length": True, "schedule": "cosine"}, 10),
         ({"init": "gradient", "lora_plus": 4.0, "sampled_depth": {2: 1.0, 3: 2.0}, "kernels": False}, 13),
+        ({"shrink_after": 30.0, "shrink_to": 25.0}, 13),  # goes on after the lower adapters were frozen
     ],
-    ids=["second-epoch", "epoch-boundary", "grouped", "sampled-depth"],
+    ids=["second-epoch", "epoch-boundary", "grouped", "sampled-depth", "shrunk"],
 )
 def test_goes_on_to_the_same_adapter_and_metrics(tune, tmp_path, settings, killed):
     config = dataclasses.replace(CONFIG, **settings)

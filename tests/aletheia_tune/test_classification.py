@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 from aletheia_tune import cli
@@ -113,11 +114,15 @@ def tune(encoder_dir, train_file, eval_file):
     """fine_tune on a fresh copy of the encoder, its head drawn by the configuration's seed."""
 
     def run(
-        out: Path, config: TrainConfig = CONFIG, plan: Callable[[Any], Plan] = upper_half, model_dir: Path = encoder_dir
-    ) -> TrainResult:  # fmt: skip
+        out: Path,
+        config: TrainConfig = CONFIG,
+        plan: Callable[[Any], Plan] = upper_half,
+        model_dir: Path = encoder_dir,
+        **options: Any,
+    ) -> TrainResult:
         model, words = load_model(model_dir, config.dtype, CLASSES, config.seed)
         train, eval_ = (load_examples(path, words, classes=CLASSES) for path in (train_file, eval_file))
-        return fine_tune(model, words, train, eval_, plan(model), config, out)
+        return fine_tune(model, words, train, eval_, plan(model), config, out, **options)
 
     return run
 
@@ -308,6 +313,25 @@ def test_a_step_of_two_passes_is_a_step_of_one_twice_as_large(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
+class Killed(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            raise MemoryError
+
+
+def test_goes_on_from_a_checkpoint(tune, tmp_path):
+    whole = tune(tmp_path / "whole")
+    config = dataclasses.replace(CONFIG, checkpoint_every=3, eval_every=2)
+    with pytest.raises(MemoryError):
+        tune(tmp_path / "out", config, callbacks=[Killed()])
+    went_on = tune(tmp_path / "out", config, resume=True)
+    trained = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out")]
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert [one.step for one in went_on.evals] == [0, 2, 4, 6]
+    assert went_on.evals[-1].accuracy == whole.evals[-1].accuracy
+
+
 def test_options_that_act_on_a_classifier_too(tune, tmp_path):
     config = dataclasses.replace(CONFIG, steps=3)
     plain = tune(tmp_path / "plain", config)
@@ -418,7 +442,10 @@ def test_a_miniature_race(encoder_dir, train_file, eval_file, tmp_path):
         races={"0": {"race": json.loads(both.to_json()), "equal_time": json.loads(result.to_json())}},
     )  # fmt: skip
     cells = verdict.cells()
-    assert dict(zip(cells.header, cells.rows[0], strict=True))["accuracy"] == f"{accuracy:.3f} against {accuracy:.3f}"
+    assert (
+        dict(zip(cells.header, cells.rows[0], strict=True))["accuracy"]
+        == f"{accuracy:.3f} against {accuracy:.3f}"
+    )
     write_verdict(tmp_path / "page.html", verdict, commands=[])
     page = (tmp_path / "page.html").read_text()
     assert "nats a text" in page
