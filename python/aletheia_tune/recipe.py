@@ -27,6 +27,8 @@ class Recipe:
         score: a score of the probe; without a probe "uniform" for every layer, or a control for as many layers as a
             score would choose: "top" (nearest to the loss), "bottom", "spaced", or "random", drawn anew for each seed.
         layers: share of the layers to adapt, in percent.
+        full: share of their modules to train in full, in percent, as `make_plan` takes it: with score "hybrid" and 10,
+            in the style of Hybrid-LoRA.
         rank: of every adapter, or the mean rank where ranks go by score.
         alpha: of every adapter; by default twice its rank.
         ranks: as `make_plan` takes it.
@@ -35,11 +37,13 @@ class Recipe:
         probe_batch_size: examples in one of them.
 
     Raises:
-        UserError: a score of no such name, a share outside (0, 100], no probe batches.
+        UserError: a score of no such name, a share outside (0, 100], no probe batches, a share in full outside
+            [0, 100) or without a probe to choose by.
     """
 
     score: str = UNIFORM
     layers: float = 100
+    full: float = 0
     rank: int = 16
     alpha: float | None = None
     ranks: Ranks = "uniform"
@@ -53,6 +57,12 @@ class Recipe:
             raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
         if not 0 < self.layers <= 100:
             raise UserError(f"layers is {self.layers}: give a share in percent, above 0 and up to 100")
+        if not 0 <= self.full < 100:
+            raise UserError(f"full is {self.full}: give a share in percent, 0 or more and below 100")
+        if self.full and self.score not in METHODS:
+            raise UserError(
+                f"full is {self.full}, but score {self.score!r} has no probe to choose modules by"
+            )
         for name in ("probe_batches", "probe_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -87,6 +97,7 @@ class Recipe:
         return make_plan(
             scores,
             layers=self.layers,
+            full=self.full,
             ranks=self.ranks,
             rank=self.rank,
             alpha=self.alpha,

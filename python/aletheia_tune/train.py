@@ -1,4 +1,4 @@
-"""Fine-tuning of a plan's adapters on `transformers.Trainer`: glue, measurements and a safe ending."""
+"""Fine-tuning as a plan says on `transformers.Trainer`: glue, measurements and a safe ending."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import PeftModel, get_peft_model
-from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -32,10 +31,12 @@ from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
 from aletheia_tune.environment import is_first_process, peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
+from aletheia_tune.rates import parameter_groups
 from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
 from aletheia_tune.start import gradient_start
 
@@ -68,6 +69,7 @@ class TrainConfig:
         learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
         lora_plus: learning rate of the adapters' B over that of their A, which is `learning_rate` (LoRA+, arXiv
             2402.12354).
+        full_rate: learning rate of what the plan trains in full over that of A.
         schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
         warmup: steps of linear warm-up; below 1, the share of all steps.
         label_smoothing: share of every label that all tokens of the vocabulary divide among them, in training alone.
@@ -77,7 +79,8 @@ class TrainConfig:
         seed: of the adapters' initial weights, the dropout and the order of the examples.
         dtype: of the frozen weights, "bfloat16" or "float32".
         adapter_dtype: "float32", or "frozen" for the dtype of the frozen weights: faster in PEFT's own forward, at the
-            price of updates that round away.
+            price of updates that round away. So it is for what is trained in full (`full.float32_weights`), which is
+            saved in the frozen weights' dtype in either.
         max_length: longest example in tokens.
         kernels: run the LoRA linears and, where they serve, attention, RMS norms and rotary embeddings on this
             package's operators and the output embedding on labelled rows only; otherwise PEFT's and transformers'
@@ -104,6 +107,7 @@ class TrainConfig:
     packing: bool = False
     learning_rate: float = 2e-4
     lora_plus: float = 1.0
+    full_rate: float = 0.1
     schedule: str = "linear"
     warmup: float = 0.03
     label_smoothing: float = 0.0
@@ -138,6 +142,8 @@ class TrainConfig:
             raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
         if not (self.lora_plus > 0 and math.isfinite(self.lora_plus)):
             raise UserError(f"lora_plus is {self.lora_plus}: it must be a positive number, 1 for equal rates")
+        if not (self.full_rate > 0 and math.isfinite(self.full_rate)):
+            raise UserError(f"full_rate is {self.full_rate}: it must be a positive number, 1 for equal rates")
         if not (self.warmup >= 0 and math.isfinite(self.warmup)):
             raise UserError(
                 f"warmup is {self.warmup}: give a share of the steps below 1, or a number of steps"
@@ -169,7 +175,7 @@ class StepRecord:
         step_seconds: time of this step alone.
         loss: mean over the step's labelled tokens, before its update.
         learning_rate: at which the update of A was made.
-        grad_norm: L2 norm of all adapter gradients before clipping.
+        grad_norm: L2 norm of all gradients before clipping.
         tokens: tokens in the step's batches, padding left out.
     """
 
@@ -198,7 +204,7 @@ class TrainResult:
     Attributes:
         history: every optimizer step.
         evals: every evaluation, the first before training (step 0).
-        trainable_parameters: number of adapter weights.
+        trainable_parameters: number of weights trained, in adapters and in full.
         peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated memory.
         patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
@@ -314,12 +320,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
 
+    With dtype "auto" its weights have the dtype in which they are stored.
+
     Weights are read from safetensors only, and no code that comes with the model is run.
 
     Raises:
         UserError: nothing there, not a causal language model, no tokenizer, or an unknown dtype.
     """
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype != "auto":
         raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     path = Path(model_dir)
     local = path.exists()
@@ -334,22 +342,30 @@ def load_model(
     ):
         raise UserError(f"model directory {model_dir} does not exist")
     source = str(path) if local else str(model_dir)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], local_files_only=local, use_safetensors=True
-        )
+        with no_progress_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES.get(dtype, dtype), local_files_only=local, use_safetensors=True
+            )
     except (OSError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
         ) from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers' bars for shards of weights, which a model of any size that fits here passes in no time, are off."""
+    were_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers.utils.logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -392,7 +408,7 @@ def fine_tune(
     *,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train the plan's LoRA adapters on `transformers.Trainer` and save them as PEFT would.
+    """Train the plan's LoRA adapters, and what it trains in full, on `transformers.Trainer`; save it as PEFT would.
 
     `out_dir` appears once all is in it: the adapter (`adapter_config.json`, `adapter_model.safetensors`),
     `plan.json` and `metrics.json` (`TrainResult.to_dict`). The model is wrapped in place; `TrainResult.model`
@@ -451,6 +467,8 @@ def fine_tune(
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
             undo.callback(progress.close)
+            if config.adapter_dtype == "float32":
+                undo.enter_context(float32_weights(peft_model))
             if config.kernels:
                 small = _small_inputs(run, train_examples)
                 kernels = undo.enter_context(
@@ -764,11 +782,12 @@ def _trainer(
         callbacks=callbacks,
     )
     trainer.run = run
-    if config.lora_plus != 1.0:
+    groups = parameter_groups(
+        run.model, config.learning_rate, lora_plus=config.lora_plus, full_rate=config.full_rate
+    )
+    if len({group["lr"] for group in groups}) > 1:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        trainer.optimizer = create_loraplus_optimizer(
-            run.model, optimizer, loraplus_lr_ratio=config.lora_plus, **options
-        )
+        trainer.optimizer = optimizer(groups, **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
