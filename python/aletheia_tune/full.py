@@ -44,6 +44,7 @@ def float32_weights(model: nn.Module) -> Iterator[None]:
     """
     taken: dict[Any, torch.dtype] = {}
     for wrapper in full_modules(model).values():
+        trained: Any
         for trained in wrapper.modules_to_save.values():
             if is_linear(trained) and torch.finfo(trained.weight.dtype).bits < 32:
                 taken[trained] = trained.weight.dtype

@@ -113,7 +113,8 @@ def _merge_layers(peft_model: nn.Module) -> int:
         layer.merge()
         _cast(dtypes)
     full = full_modules(peft_model)
-    for name, module in {**layers, **full}.items():
+    trained: dict[str, nn.Module] = {**layers, **full}
+    for name, module in trained.items():
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise UserError(
                 f"the merged weight of {name} is not finite: the adapter, or its sum, is out of range"

@@ -386,7 +386,7 @@ def make_plan(
         raise UserError(f"share of modules to train in full {full} is outside [0, 100) percent")
     if full and control is not None:
         raise UserError(
-            f"what is trained in full is chosen by scores, not by control {control!r}: drop one of the two"
+            f"what is trained in full is chosen by scores, not by control '{control}': drop one of the two"
         )
     for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
         if not _is_int(value) or value < 1:
