@@ -103,7 +103,9 @@ def _adapted(model: Any, config: LoraConfig, adapter: Path) -> Any:
 def _merge_layers(peft_model: nn.Module) -> int:
     """Merges each adapted layer by PEFT's own arithmetic, in float32; returns how many modules have new weights."""
     uses = Counter(id(parameter) for _, parameter in peft_model.named_parameters(remove_duplicate=False))
-    layers = {n: layer for n, layer in peft_model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers: dict[str, Any] = {
+        name: layer for name, layer in peft_model.named_modules() if isinstance(layer, BaseTunerLayer)
+    }
     for name, layer in layers.items():
         base: Any = layer.get_base_layer()
         dtypes = {parameter: parameter.dtype for parameter in base.parameters()}
@@ -113,8 +115,7 @@ def _merge_layers(peft_model: nn.Module) -> int:
         layer.merge()
         _cast(dtypes)
     full = full_modules(peft_model)
-    trained: dict[str, nn.Module] = {**layers, **full}
-    for name, module in trained.items():
+    for name, module in {**layers, **full}.items():
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise UserError(
                 f"the merged weight of {name} is not finite: the adapter, or its sum, is out of range"
