@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from aletheia_tune.budget import budget_plan, frontier
     from aletheia_tune.cost import Batch, Calibration, StepCost, calibrate, predict
     from aletheia_tune.data import Collator, Fields, load_examples
+    from aletheia_tune.full import float32_weights
     from aletheia_tune.kernels import KernelsInUse, use_kernels
+    from aletheia_tune.merge import merge_adapter
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
@@ -35,8 +37,10 @@ _MODULE_OF = {
     "Collator": "data",
     "Fields": "data",
     "load_examples": "data",
+    "float32_weights": "full",
     "KernelsInUse": "kernels",
     "use_kernels": "kernels",
+    "merge_adapter": "merge",
     "PatchReport": "patch",
     "apply_kernels": "patch",
     "restore": "patch",
@@ -81,11 +85,13 @@ __all__ = [
     "calibrate",
     "cut_prefix",
     "fine_tune",
+    "float32_weights",
     "frontier",
     "gradient_start",
     "load_examples",
     "load_model",
     "make_plan",
+    "merge_adapter",
     "predict",
     "restore",
     "uniform_plan",

@@ -377,9 +377,7 @@ def _examples(examples: Iterable[Example]) -> str:
     def plain(values: list[int] | int) -> list[int] | int:
         return values if isinstance(values, int) else list(values)
 
-    return _digest(
-        [json.dumps([plain(one["input_ids"]), plain(one["labels"])]).encode() for one in examples]
-    )
+    return _digest([json.dumps([plain(one["input_ids"]), plain(one["labels"])]).encode() for one in examples])
 
 
 def _digest(parts: Iterable[bytes | memoryview]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: aletheia probe | cost | plan | train | race | doctor."""
+"""The command line: aletheia probe | cost | plan | train | merge | race | doctor."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
-    auto = "auto"
+    native = "native"
     bfloat16 = "bfloat16"
     float32 = "float32"
 
@@ -133,7 +133,7 @@ MaxLength = Annotated[int, typer.Option(help="Longest example in tokens.")]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        help="Of the frozen weights; auto: bfloat16 where its products are fast, else float32. Adapters are float32."
+        help="Of the frozen weights; native: bfloat16 where its products are fast, else float32. Adapters are float32."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
@@ -149,6 +149,9 @@ GroupByLength = Annotated[
 Packing = Annotated[bool, typer.Option("--packing", help="Batches without padding, in one row.")]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 LoraPlus = Annotated[float, typer.Option(help="LoRA+: learning rate of B over that of A.")]
+FullRate = Annotated[
+    float, typer.Option(help="Learning rate of what the plan trains in full over that of A.")
+]
 ScheduleOption = Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")]
 Warmup = Annotated[float, typer.Option(help="Warm-up: steps, or below 1 a share of all steps.")]
 Smoothing = Annotated[
@@ -225,7 +228,7 @@ def probe(
     batches: Annotated[int, typer.Option(help="Batches to probe with.")] = 5,
     batch_size: BatchSize = 4,
     max_length: MaxLength = 1024,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = Dtype.native,
     seed: Seed = 0,
     prompt_field: PromptField = None,
     completion_field: CompletionField = None,
@@ -272,7 +275,15 @@ def plan(
     scores: Annotated[Path, typer.Option(help="Scores, as `aletheia probe` writes them.")],
     out: OutFile,
     layers: Annotated[
-        str | None, typer.Option(help="Share of the layers to adapt, those of highest score (50%).")
+        str | None,
+        typer.Option(help="Share of the layers to adapt, those of highest score (50%; with --full, 100%)."),
+    ] = None,
+    full: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of their modules to train in full, those of highest score; the others get adapters "
+            "(Hybrid-LoRA: 10%, on scores of method hybrid)."
+        ),
     ] = None,
     control: Annotated[
         Control | None,
@@ -323,6 +334,8 @@ def plan(
 
     Within a time budget: [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json
     --out plan.json[/bold]
+
+    A tenth of the modules in full: [bold]aletheia plan --scores hybrid.json --full 10% --out plan.json[/bold]
     """
     from aletheia_tune import files
     from aletheia_tune.plan import make_plan
@@ -336,11 +349,11 @@ def plan(
         )
     if not timed and (calibration is not None or frontier is not None):
         raise UserError("--calibration and --frontier go with a time budget: give --budget like 60%")
-    chosen_elsewhere = (layers, control, targets, alpha)
+    chosen_elsewhere = (layers, full, control, targets, alpha)
     if timed and (ranks is not Ranks.uniform or rslora or any(one is not None for one in chosen_elsewhere)):
         raise UserError(
-            "--budget in percent chooses layers, modules and ranks: drop --layers, --control, --ranks, --targets, "
-            "--alpha and --rslora"
+            "--budget in percent chooses layers, modules and ranks: drop --layers, --full, --control, --ranks, "
+            "--targets, --alpha and --rslora"
         )
     if frontier is not None:
         files.check_output(frontier, overwrite, directory=False)
@@ -366,7 +379,8 @@ def plan(
     else:
         made = make_plan(
             read,
-            layers=_percent(layers or "50%", "--layers"),
+            layers=_percent(layers or ("50%" if full is None else "100%"), "--layers"),
+            full=0 if full is None else _percent(full, "--full"),
             control=control,
             seed=seed,
             ranks=ranks.value,
@@ -379,9 +393,14 @@ def plan(
             targets=targets,
             dropout=dropout,
         )
+        if made.full:
+            print(made.explain())
     files.write_text(out, made.to_json(), overwrite)
     chosen = ", ".join(str(layer) for layer in made.layers)
-    print(f"{len(made.layers)} of {made.num_layers} layers ({chosen}), {len(made.modules)} modules: {out}")
+    in_full = f", {len(made.full)} in full" if made.full else ""
+    print(
+        f"{len(made.layers)} of {made.num_layers} layers ({chosen}), {len(made.modules)} modules{in_full}: {out}"
+    )
 
 
 @app.command()
@@ -391,7 +410,7 @@ def cost(
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     labelled: Annotated[float, typer.Option(help="Share of the tokens that is trained on.")] = 0.5,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = Dtype.native,
     threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -438,12 +457,13 @@ def train(
     packing: Packing = False,
     learning_rate: LearningRate = 2e-4,
     lora_plus: LoraPlus = 1.0,
+    full_rate: FullRate = 0.1,
     schedule: ScheduleOption = Schedule.linear,
     warmup: Warmup = 0.03,
     label_smoothing: Smoothing = 0.0,
     init: InitOption = Init.default,
     max_length: MaxLength = 1024,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = Dtype.native,
     seed: Seed = 0,
     kernels: Annotated[
         bool, typer.Option("--kernels/--no-kernels", help="This package's operators, or PEFT's own forward.")
@@ -492,6 +512,7 @@ def train(
         packing=packing,
         learning_rate=learning_rate,
         lora_plus=lora_plus,
+        full_rate=full_rate,
         schedule=schedule.value,
         warmup=warmup,
         label_smoothing=label_smoothing,
@@ -535,6 +556,25 @@ def train(
 
 
 @app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="Directory of the adapter, as `aletheia train` writes it.")],
+    out: OutDir,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one plain transformers model with an adapter, and what was trained in full, merged into it.
+
+    Example: [bold]aletheia merge --model ./my-model --adapter ./my-adapter --out my-merged-model[/bold]
+    """
+    from aletheia_tune import files
+    from aletheia_tune.merge import merge_adapter
+
+    files.check_output(out, overwrite)
+    count = merge_adapter(model, adapter, out, overwrite=overwrite)
+    print(f"{count} modules merged: {out}")
+
+
+@app.command()
 def compare(
     model: Model,
     train: Train,
@@ -547,7 +587,7 @@ def compare(
     batch_size: BatchSize = 4,
     learning_rate: LearningRate = 2e-4,
     max_length: MaxLength = 1024,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = Dtype.native,
     seed: Seed = 0,
     eval_every: EvalEvery = None,
     threads: Threads = None,

@@ -9,9 +9,13 @@ and writes and r_m w_m half the FLOPs of one pass through it,
     head      = h labelled
     update    = i + j Σ_m r_m (in_m + out_m)
 
+A module trained in full has, in the place of an adapter, its weight's gradient: a product of as many FLOPs as its
+forward pass, at the price e of the backward pass's other product, and in_m out_m numbers to update. What rounding its
+weight takes, and the rounded copy, are not counted.
+
 The parts are timed apart on a handful of plans and each is fitted by least squares with no coefficient below zero,
 so that no plan gets cheaper by more work. The bytes of the tensors that autograd keeps are counted, not timed, and
-fitted likewise. The backward pass counts the lowest adapted layer whole.
+fitted likewise. The backward pass counts the lowest layer that trains whole.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from torch import Tensor, nn
 
 from aletheia_tune.environment import versions
 from aletheia_tune.errors import UserError
+from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import use_kernels
 from aletheia_tune.layers import bare_model, find_layers, kind_of, linears
 from aletheia_tune.plan import ModulePlan, Plan
@@ -45,7 +50,7 @@ from aletheia_tune.prefix import cut_prefix
 FORMAT = "aletheia-cost"
 VERSION = 1
 
-# Adapters, their gradients and AdamW's two moments, all fp32.
+# What is trained, its gradients and AdamW's two moments, all fp32.
 _ADAPTER_BYTES = 4
 _GRADIENT_AND_MOMENT_BYTES = 12
 
@@ -147,9 +152,14 @@ class ModelShape:
     def forward_flops(self, batch: Batch) -> list[float]:
         """FLOPs of the forward pass of each layer: 2 for a weight and token, attention over the keys before a token."""
         flops = [2.0 * batch.tokens * batch.length * self.attention_width] * self.num_layers
-        for module in self.modules.values():
-            flops[module.layer] += 2.0 * batch.tokens * module.uses * module.in_features * module.out_features
+        for name, module in self.modules.items():
+            flops[module.layer] += self.product_flops(name, batch)
         return flops
+
+    def product_flops(self, name: str, batch: Batch) -> float:
+        """FLOPs of a module's forward pass, and of each of the two products of its backward pass."""
+        module = self.modules[name]
+        return 2.0 * batch.tokens * module.uses * module.in_features * module.out_features
 
     def traffic(self, name: str, batch: Batch) -> float:
         """w_m: the numbers that enter and leave a module."""
@@ -160,6 +170,11 @@ class ModelShape:
         """Trainable numbers that one rank of a module's adapter has."""
         module = self.modules[name]
         return module.copies * (module.in_features + module.out_features)
+
+    def weights(self, name: str) -> int:
+        """Numbers in a module's weight."""
+        module = self.modules[name]
+        return module.copies * module.in_features * module.out_features
 
 
 @dataclass(frozen=True)
@@ -208,9 +223,11 @@ class StepCost:
     Attributes:
         seconds: of the whole step.
         bytes: held at the end of the forward pass.
-        seconds_by_part: "prefix forward" (under the lowest adapter), "forward", "head", "backward", "adapters"
-            (forward and backward), "update"; they add up to ``seconds``.
-        bytes_by_part: "weights", "adapters", "gradients and moments", "activations"; they add up to ``bytes``.
+        seconds_by_part: "prefix forward" (under the lowest layer that trains), "forward", "head", "backward" (weight
+            gradients of what is trained in full among it), "adapters" (forward and backward), "update"; they add up
+            to ``seconds``.
+        bytes_by_part: "weights", "adapters" (with the float32 weights of what is trained in full), "gradients and
+            moments", "activations"; they add up to ``bytes``.
     """
 
     seconds: float
@@ -322,23 +339,25 @@ def predict(
     shape, price = calibration.shape, calibration.coefficients
     batch = batch or calibration.batch
     check_cached(cached)
-    for name in plan.modules:
+    for name in (*plan.modules, *plan.full):
         if name not in shape.modules:
             raise UserError(f"the calibration knows no module {name!r}: calibrate with the plan's own model")
-    lowest = min(shape.modules[name].layer for name in plan.modules)
+    lowest = _lowest(shape, plan)
     labelled = batch.tokens * batch.labelled
     forward = calibration.forward_seconds(batch)
-    parameters = sum(module.rank * shape.rank_parameters(name) for name, module in plan.modules.items())
+    in_adapters = sum(module.rank * shape.rank_parameters(name) for name, module in plan.modules.items())
+    parameters = in_adapters + sum(shape.weights(name) for name in plan.full)
     update = price.update + price.update_parameter * parameters
     seconds = {
         "prefix forward": (1 - cached) * sum(forward[:lowest]),
         "forward": sum(forward[lowest:]),
         "head": (price.head + price.head_backward) * labelled,
-        "backward": sum(calibration.backward_seconds(batch)[lowest:]),
+        "backward": sum(calibration.backward_seconds(batch)[lowest:])
+        + price.backward * sum(shape.product_flops(name, batch) for name in plan.full),
         "adapters": sum(
             calibration.adapter_seconds(name, module.rank, batch) for name, module in plan.modules.items()
         )
-        - price.update_parameter * parameters,
+        - price.update_parameter * in_adapters,
         "update": update,
     }
     kept = _kept_features(shape, plan, batch)
@@ -433,7 +452,7 @@ def fit(
         traffic = {name: shape.traffic(name, batch) for name in plan.modules}
         rows.append(
             {
-                "flops above": sum(flops[min(shape.modules[name].layer for name in plan.modules) :]),
+                "flops above": sum(flops[_lowest(shape, plan) :]),
                 "traffic": sum(traffic.values()),
                 "rank": sum(module.rank * traffic[name] for name, module in plan.modules.items()),
                 "parameters": sum(m.rank * shape.rank_parameters(name) for name, m in plan.modules.items()),
@@ -474,6 +493,7 @@ class TimedPlan:
         self._model.train()
         example = {name: tensor[:1, :16] for name, tensor in batch.items() if name != "labels"}
         undo.callback(cut_prefix(self._model).remove)
+        undo.enter_context(float32_weights(self._model))
         undo.enter_context(use_kernels(self._model, example_inputs=example))
         self._batch = batch
         self._adapters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -554,8 +574,13 @@ def uniform_of(shape: ModelShape, rank: int) -> Plan:
     return Plan(modules, shape.num_layers, shape.layer_path, meta={"ranks": "uniform", "share": 100})
 
 
+def _lowest(shape: ModelShape, plan: Plan) -> int:
+    """The lowest layer of which something is trained: where the backward pass ends."""
+    return min(shape.modules[name].layer for name in (*plan.modules, *plan.full))
+
+
 def _kept_features(shape: ModelShape, plan: Plan, batch: Batch) -> list[float]:
-    lowest = min(shape.modules[name].layer for name in plan.modules)
+    lowest = _lowest(shape, plan)
     above = sum(shape.traffic(n, batch) for n, module in shape.modules.items() if module.layer >= lowest)
     ranks = sum(batch.tokens * shape.modules[n].uses * module.rank for n, module in plan.modules.items())
     return [batch.tokens * batch.labelled, above, float(ranks)]

@@ -16,7 +16,7 @@ def examine(console: Console) -> bool:
     processor = {name: "yes" if there else "no" for name, there in cpu.features().items()}
     if cpu.unavailable_reason() is None and cpu.wrong_wish() is None:
         processor["instruction set in use"] = cpu.instruction_set()
-    processor["dtype auto is"] = native_dtype()
+    processor["native dtype"] = native_dtype()
     console.print(_pairs("processor", processor))
     # Every device is examined, also after one whose operators fail.
     passed = [_examine_operators(console, device) for device in _devices()]

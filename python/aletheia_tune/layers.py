@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -68,21 +69,33 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a PEFT layer: the module it replaced sits in ``base_layer``, its adapters beside it."""
-    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+def _behind_peft(module: nn.Module) -> nn.Module:
+    """What acts in the place of a module that PEFT wrapped: its base layer, or the copy that is trained in full."""
+    while True:
+        if isinstance(module, ModulesToSaveWrapper):
+            active = [name for name in module.active_adapters if name in module.modules_to_save]
+            module = module.modules_to_save[active[0]] if active else module.original_module
+        elif hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
+            module = module.get_submodule("base_layer")
+        else:
+            return module
+
+
+def full_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """What PEFT trains in full beside its adapters (``modules_to_save``), by name in ``model``."""
+    return {name: each for name, each in model.named_modules() if isinstance(each, ModulesToSaveWrapper)}
 
 
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """``module.named_modules()`` as if PEFT had never been there: no adapters, wrapped layers under their old name.
 
-    Modules used under several names come once, under the first.
+    Of a module that PEFT trains in full it is the trained copy that is shown. Modules used under several names come
+    once, under the first.
     """
     seen: set[nn.Module] = set()
 
     def walk(current: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        while _is_adapted(current):
-            current = current.get_submodule("base_layer")
+        current = _behind_peft(current)
         if current in seen:
             return
         seen.add(current)

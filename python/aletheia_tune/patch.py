@@ -24,6 +24,7 @@ from aletheia_tune.experts import (
     find_experts,
 )
 from aletheia_tune.gated_mlp import PARTS, apply_gated_mlps
+from aletheia_tune.layers import full_modules
 from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
@@ -47,7 +48,7 @@ class PatchEntry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Every adapted module of a model and the path it takes; ``str()`` sums it up."""
+    """Every module of a model that is adapted or trained in full and the path it takes; ``str()`` sums it up."""
 
     entries: tuple[PatchEntry, ...]
     notes: tuple[str, ...] = ()
@@ -209,7 +210,8 @@ def apply_kernels(
         strict: raise when any adapted module stays on PEFT's path.
 
     Returns:
-        A report with the path of every adapted module and the reason for it.
+        A report with the path of every adapted module and the reason for it. A module that PEFT trains in full stands
+        there too, on PEFT's path; it keeps no sibling from the operator, but a gated MLP is then no call of its own.
 
     Raises:
         UserError: the model has no LoRA layer; with ``strict``, a module that the operator does not serve.
@@ -266,7 +268,7 @@ def apply_kernels(
     bare = sum(not any(f"{mlp}.{part}" in layers for part in PARTS) for mlp in mlps)
     if bare:
         notes.append(f"{bare} gated MLPs without adapters run on the operator as well")
-    entries = tuple(
+    entries = [
         PatchEntry(
             name,
             "peft" if reasons[name] else "kernel",
@@ -277,8 +279,9 @@ def apply_kernels(
             siblings_of.get(name, ()),
         )
         for name in adapted
-    )
-    return PatchReport(entries, tuple(notes))
+    ]
+    entries += [PatchEntry(name, "peft", "it is trained in full") for name in full_modules(model)]
+    return PatchReport(tuple(entries), tuple(notes))
 
 
 def restore(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""From scores to what is adapted: per module a rank and an alpha, as JSON and as a PEFT `LoraConfig`."""
+"""From scores to what is trained: per module a rank and an alpha, or all of it; as JSON and as a PEFT `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from aletheia_tune.layers import (
     bare_model,
     bare_modules,
     find_layers,
+    full_modules,
     is_linear,
     linear_modules,
     linear_shape,
@@ -32,7 +33,7 @@ from aletheia_tune.layers import (
 from aletheia_tune.scores.controls import control_layers
 
 if TYPE_CHECKING:
-    from aletheia_tune.scores import Scores
+    from aletheia_tune.scores import ModuleScore, Scores
 
 FORMAT = "aletheia-plan"
 VERSION = 1
@@ -54,7 +55,7 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which modules of a model get an adapter, and of what rank.
+    """Which modules of a model get an adapter, and of what rank; and which are trained in full beside them.
 
     Attributes:
         modules: by full dotted name in the bare model: linears, and MoE expert parameters (3-D,
@@ -63,11 +64,13 @@ class Plan:
         layer_path: where they are; every module's name is ``{layer_path}.{index}.…``.
         dropout: of the adapters' input.
         meta: how the plan was made; ``layer_scores``, ``layer_prices_ms`` and ``layer_reasons`` are what `explain`
-            shows.
+            shows, as it does ``full_scores``.
+        full: linears whose own weight and bias are trained, by name like ``modules``; none of them has an adapter.
 
     Raises:
         UserError: at construction, naming the module: no module, a rank that is not a whole number of 1 or
-            more, an alpha that is not a positive number, a name outside the layers, a dropout outside [0, 1).
+            more, an alpha that is not a positive number, a name outside the layers, a module that is to be trained in
+            full twice or beside an adapter of its own, a dropout outside [0, 1).
     """
 
     modules: dict[str, ModulePlan]
@@ -75,10 +78,14 @@ class Plan:
     layer_path: str
     dropout: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict)
+    full: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.modules:
             raise UserError("the plan adapts no module: choose more layers or other targets")
+        for name in self.full:
+            if name in self.modules or self.full.count(name) > 1:
+                raise UserError(f"plan module {name!r} is named twice: train it in full or adapt it, once")
         for name, module in self.modules.items():
             if not _is_int(module.rank) or module.rank < 1:
                 raise UserError(
@@ -86,6 +93,7 @@ class Plan:
                 )
             if not _is_number(module.alpha) or not module.alpha > 0:
                 raise UserError(f"plan module {name!r}: alpha {module.alpha!r} is not a positive number")
+        for name in (*self.modules, *self.full):
             index = _layer_index(name, self.layer_path)
             if index is None or index >= self.num_layers:
                 raise UserError(
@@ -96,7 +104,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The indices of the layers with at least one adapter, ascending."""
+        """The indices of the layers of which something is trained, ascending."""
         return tuple(sorted({index for index, _ in self._by_layer()}))
 
     def to_json(self) -> str:
@@ -112,6 +120,7 @@ class Plan:
                         name: {"rank": module.rank, "alpha": module.alpha}
                         for name, module in self.modules.items()
                     },
+                    "full": list(self.full),
                     "meta": self.meta,
                 },
                 indent=2,
@@ -150,23 +159,33 @@ class Plan:
             if not isinstance(module, dict) or set(module) != {"rank", "alpha"}:
                 raise UserError(f"broken plan: module {name!r} is not an object of rank and alpha")
             modules[name] = ModulePlan(module["rank"], module["alpha"])
-        return Plan(modules, data["num_layers"], data["layer_path"], data.get("dropout", 0.0), data["meta"])
+        full = data.get("full", [])
+        if not isinstance(full, list) or not all(isinstance(name, str) for name in full):
+            raise UserError("broken plan: 'full' is not a list of module names")
+        dropout = data.get("dropout", 0.0)
+        return Plan(modules, data["num_layers"], data["layer_path"], dropout, data["meta"], tuple(full))
 
     def trainable_parameters(self, model: nn.Module | Mapping[str, Sequence[int]]) -> int:
-        """Entries of every A [rank, in] and B [out, rank], times the experts for an expert parameter; no head's.
+        """Entries of every A [rank, in] and B [out, rank], times the experts for an expert parameter, and of ``full``;
+        no head's.
 
         Args:
             model: the model, bare or adapted, or by module name (in_features, out_features), for an expert
-                parameter (experts, in_features, out_features).
+                parameter (experts, in_features, out_features): what is trained in full then counts without its bias.
 
         Raises:
             UserError: a module of the plan is not there.
         """
-        shapes = _shapes(model, self.modules) if isinstance(model, nn.Module) else model
-        for name in self.modules:
+        names = (*self.modules, *self.full)
+        shapes = _shapes(model, names) if isinstance(model, nn.Module) else model
+        for name in names:
             if name not in shapes:
                 raise UserError(f"plan module {name!r} has no shape given")
-        return sum(module.rank * _rank_cost(shapes[name]) for name, module in self.modules.items())
+        adapters = sum(module.rank * _rank_cost(shapes[name]) for name, module in self.modules.items())
+        if not isinstance(model, nn.Module):
+            return adapters + sum(math.prod(shapes[name]) for name in self.full)
+        bare = _bare_modules(model)
+        return adapters + sum(p.numel() for name in self.full for p in bare[name].parameters())
 
     def to_lora_config(self, model: nn.Module) -> LoraConfig:
         """The configuration with which stock PEFT gives exactly the planned adapters on ``model``.
@@ -175,8 +194,9 @@ class Plan:
         and ``alpha_pattern``, whose keys PEFT matches as ``re.match(rf"(.*\\.)?({key})$", name)``: escaped,
         and with a leading ``^`` that fails wherever the optional prefix took a character, a key can only
         match its own module. ``target_modules`` has no such anchor (PEFT takes a name that ends in ``.{key}``
-        too), and PEFT rewrites targets of some MoE models. So the configuration is rehearsed by PEFT itself
-        on an empty copy of the model's module tree, and any difference from the plan is an error.
+        too), ``modules_to_save``, which names what is trained in full, has less (a name that ends in ``{key}``,
+        without a dot, is taken), and PEFT rewrites targets of some MoE models. So the configuration is rehearsed by
+        PEFT itself on an empty copy of the model's module tree, and any difference from the plan is an error.
 
         A classifier's head is trained whole beside the adapters, and saved with them.
 
@@ -184,12 +204,15 @@ class Plan:
             model: bare or already adapted; it is not changed.
 
         Raises:
-            UserError: a module that is not in the model or is no linear or expert parameter, a rank above
-                in_features + out_features, dropout on expert parameters (PEFT has none), or a key that PEFT
-                would match to other modules than the plan's.
+            UserError: a module that is not in the model or is no linear or expert parameter, an expert parameter that
+                is to be trained in full (PEFT trains whole modules), a rank above in_features + out_features, dropout
+                on expert parameters (PEFT has none), or a key that PEFT would match to other modules than the plan's.
         """
         bare = _bare_modules(model)
-        shapes = _shapes(model, self.modules)
+        shapes = _shapes(model, (*self.modules, *self.full))
+        for name in self.full:
+            if name not in bare:
+                raise UserError(f"expert parameter {name!r} cannot be trained in full: give it an adapter")
         for name, module in self.modules.items():
             _check_rank(name, module.rank, shapes[name])
         parameters = [name for name in self.modules if name not in bare]
@@ -211,6 +234,7 @@ class Plan:
             bias="none",
             target_modules=linears,
             target_parameters=parameters or None,
+            modules_to_save=[*self.full, *head] or None,
             rank_pattern={_anchored(n): m.rank for n, m in self.modules.items() if m.rank != rank},
             alpha_pattern={
                 _anchored(n): _json_number(m.alpha) for n, m in self.modules.items() if m.alpha != alpha
@@ -219,13 +243,12 @@ class Plan:
             and not parameters
             and all(isinstance(bare[n], Conv1D) for n in linears),
             task_type="SEQ_CLS" if head else "CAUSAL_LM" if _is_causal_lm(bare[""]) else None,
-            modules_to_save=head or None,
         )
         self._rehearse(config, bare)
         return config
 
     def check(self, peft_model: nn.Module, adapter_name: str = _ADAPTER) -> None:
-        """Compares the adapters that a model has with the plan: the modules, their ranks and scalings.
+        """Compares what a model trains with the plan: the adapters, their ranks and scalings, and the full modules.
 
         Raises:
             UserError: naming the first module that differs.
@@ -247,29 +270,49 @@ class Plan:
                     f"PEFT would give {name!r} rank {rank} and scaling {scaling:g}, "
                     f"where the plan has rank {module.rank} and alpha {module.alpha:g}"
                 )
+        in_full = {
+            name
+            for name, wrapper in full_modules(bare_model(peft_model)).items()
+            if adapter_name in wrapper.modules_to_save and name.startswith(f"{self.layer_path}.")
+        }
+        for name in sorted(in_full ^ set(self.full)):
+            meant = "" if name in self.full else " too, whose name ends like one that the plan trains in full"
+            raise UserError(
+                f"PEFT would {'' if name in in_full else 'not '}train {name!r} in full{meant}: rename or drop it"
+            )
 
     def explain(self) -> str:
-        """A table of the layers for people: index, score where known, whether it is adapted, ranks of its modules.
+        """A table of the layers for people: index, score where known, whether it is in, ranks of its modules or "full".
 
         A plan made for a time budget also shows the price of every layer, in milliseconds a step (its backward pass
-        and its adapters), and why it is in or out.
+        and its adapters), and why it is in or out. What was chosen to be trained in full stands under the table with
+        its score.
         """
         scores = self.meta.get("layer_scores") or []
         prices = self.meta.get("layer_prices_ms") or []
         reasons = self.meta.get("layer_reasons") or []
-        adapted: dict[int, dict[int, list[str]]] = {}
+        adapted: dict[int, dict[float, list[str]]] = {}
         for index, name in self._by_layer():
-            adapted.setdefault(index, {}).setdefault(self.modules[name].rank, []).append(_last(name))
+            rank = self.modules[name].rank if name in self.modules else math.inf
+            adapted.setdefault(index, {}).setdefault(rank, []).append(_last(name))
         lines = [f"layer       score  {'  price ms  ' if prices else ''}    ranks"]
         for index in range(self.num_layers):
             score = f"{scores[index]:.5g}" if index < len(scores) else ""
             price = (f"{prices[index]:10.4g}" if index < len(prices) else " " * 10) + "  " if prices else ""
             ranks = adapted.get(index, {})
-            cells = "   ".join(f"{rank}: {' '.join(names)}" for rank, names in sorted(ranks.items()))
+            cells = "   ".join(
+                f"{'full' if rank == math.inf else rank}: {' '.join(names)}"
+                for rank, names in sorted(ranks.items())
+            )
             why = f"({reasons[index]})" if index < len(reasons) else ""
             text = " ".join(part for part in ("in " if ranks else "out", cells, why) if part)
             lines.append(f"{index:5}  {score:>10}  {price}{text}".rstrip())
-        lines.append(f"{len(adapted)} of {self.num_layers} layers, {len(self.modules)} modules adapted")
+        in_full = f", {len(self.full)} trained in full" if self.full else ""
+        lines.append(
+            f"{len(adapted)} of {self.num_layers} layers, {len(self.modules)} modules adapted{in_full}"
+        )
+        for name, score in (self.meta.get("full_scores") or {}).items():
+            lines.append(f"in full for its score of {score:.5g}: {name}")
         if "time_budget" in self.meta:
             lines.append(
                 f"predicted step {self.meta['predicted_time']:.1%} of uniform's "
@@ -278,7 +321,7 @@ class Plan:
         return "\n".join(lines)
 
     def _by_layer(self) -> Iterator[tuple[int, str]]:
-        for name in self.modules:
+        for name in (*self.modules, *self.full):
             index = _layer_index(name, self.layer_path)
             assert index is not None  # checked at construction
             yield index, name
@@ -299,6 +342,7 @@ def make_plan(
     scores: Scores,
     *,
     layers: float = 50,
+    full: float = 0,
     control: str | None = None,
     seed: int = 0,
     ranks: Ranks = "uniform",
@@ -320,6 +364,10 @@ def make_plan(
         scores: of every layer, and of the modules that can be adapted; ``meta["experts"]`` has a list as long
             as the experts for each expert parameter.
         layers: the share of the layers to adapt, in percent, in (0, 100].
+        full: the share of the modules in those layers to train in full, in percent, in [0, 100): those with the highest
+            scores, one at least, ties to the first; the others get adapters, expert parameters always do. With
+            `scores.hybrid`, all layers and a tenth of the modules this is in the style of Hybrid-LoRA (arXiv
+            2605.18822).
         control: choose as many layers without looking at the scores, as one of `scores.controls.CONTROLS` does: what
             a choice by scores has to beat.
         seed: of the control "random".
@@ -335,9 +383,16 @@ def make_plan(
     Raises:
         UserError: a share outside (0, 100], a rank or alpha of 0 or less, a rank above a module's in_features
             + out_features, a score that is not finite, a target that matches nothing, a budget that is too
-            small or given without "by-score", no such control.
+            small or given without "by-score", no such control, a share to train in full outside [0, 100), with a
+            control, or that leaves no module for adapters.
     """
     _check_share(layers)
+    if not _is_number(full) or not 0 <= full < 100:
+        raise UserError(f"share of modules to train in full {full} is outside [0, 100) percent")
+    if full and control is not None:
+        raise UserError(
+            f"what is trained in full is chosen by scores, not by control '{control}': drop one of the two"
+        )
     for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
         if not _is_int(value) or value < 1:
             raise UserError(f"{what} {value} is not a whole number of 1 or more")
@@ -352,6 +407,12 @@ def make_plan(
         raise UserError(f"the targets match no module in the chosen layers {sorted(chosen)}")
 
     experts = scores.meta.get("experts", {})
+    in_full = _highest_modules({n: m for n, m in modules.items() if n not in experts}, full) if full else {}
+    modules = {name: module for name, module in modules.items() if name not in in_full}
+    if not modules:
+        raise UserError(
+            f"a share of {full:g}% in full leaves no module for adapters: adapt more layers or targets"
+        )
     shapes: dict[str, tuple[int, ...]] = {
         name: (*([len(experts[name])] if name in experts else []), module.in_features, module.out_features)
         for name, module in modules.items()
@@ -388,7 +449,9 @@ def make_plan(
             "rslora": rslora,
             "targets": list(targets) if targets is not None else None,
             "layer_scores": list(scores.layers),
+            **({"full_share": full, "full_scores": in_full} if in_full else {}),
         },
+        full=tuple(in_full),
     )
 
 
@@ -512,6 +575,20 @@ def _highest(scores: Sequence[float], share: float) -> list[int]:
             )
     count = share_of_layers(len(scores), share)
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
+
+
+def _highest_modules(modules: Mapping[str, ModuleScore], share: float) -> dict[str, float]:
+    """The scores of so many percent of the modules, those with the highest, in the modules' own order."""
+    if not modules:
+        raise UserError("there is no linear to train in full: expert parameters always get adapters")
+    for name, module in modules.items():
+        if not math.isfinite(module.score):
+            raise UserError(
+                f"the score of {name!r} is {module.score}: probe again, in float32 or on other batches"
+            )
+    ordered = sorted(modules, key=lambda name: -modules[name].score)
+    highest = set(ordered[: share_of_layers(len(modules), share)])
+    return {name: module.score for name, module in modules.items() if name in highest}
 
 
 def share_of_layers(num_layers: int, share: float) -> int:

@@ -31,6 +31,8 @@ class Recipe:
         score: a score of the probe; without a probe "uniform" for every layer, or a control for as many layers as a
             score would choose: "top" (nearest to the loss), "bottom", "spaced", or "random", drawn anew for each seed.
         layers: share of the layers to adapt, in percent.
+        full: share of their modules to train in full, in percent, as `make_plan` takes it: with score "hybrid" and 10,
+            in the style of Hybrid-LoRA.
         rank: of every adapter, or the mean rank where ranks go by score.
         alpha: of every adapter; by default twice its rank.
         ranks: as `make_plan` takes it.
@@ -44,11 +46,13 @@ class Recipe:
 
     Raises:
         UserError: a score of no such name, a share outside (0, 100], no probe batches, only one of sampled_depth and
-            calibration, sampled_depth without a score of the probe.
+            calibration, sampled_depth without a score of the probe, a share in full outside [0, 100) or without a probe
+            to choose by.
     """
 
     score: str = UNIFORM
     layers: float = 100
+    full: float = 0
     rank: int = 16
     alpha: float | None = None
     ranks: Ranks = "uniform"
@@ -68,6 +72,12 @@ class Recipe:
         if self.pooling not in get_args(Pooling):
             raise UserError(
                 f"pooling {self.pooling!r} is unknown: choose one of {', '.join(get_args(Pooling))}"
+            )
+        if not 0 <= self.full < 100:
+            raise UserError(f"full is {self.full}: give a share in percent, 0 or more and below 100")
+        if self.full and self.score not in METHODS:
+            raise UserError(
+                f"full is {self.full}, but score {self.score!r} has no probe to choose modules by"
             )
         for name in ("probe_batches", "probe_batch_size"):
             if getattr(self, name) < 1:
@@ -118,6 +128,7 @@ class Recipe:
         return make_plan(
             scores,
             layers=self.layers,
+            full=self.full,
             ranks=self.ranks,
             rank=self.rank,
             alpha=self.alpha,

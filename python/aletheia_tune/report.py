@@ -285,6 +285,7 @@ def _layer_figures(plan: Plan, scores: Scores) -> list[dict[str, str]]:
     chosen = ", ".join(map(str, plan.layers))
     counts = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(ranks.values()).items()))
     highest = max(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
+    in_full = f" {len(plan.full)} modules, not drawn, are trained in full." if plan.full else ""
     return [
         _figure(
             figures.score_bars(
@@ -297,7 +298,7 @@ def _layer_figures(plan: Plan, scores: Scores) -> list[dict[str, str]]:
         ),
         _figure(
             figures.rank_grid(ranks, plan.num_layers, label=f"LoRA rank by layer and module: {counts}."),
-            f"The plan: the LoRA rank of each module ({counts}); an empty cell stays frozen.",
+            f"The plan: the LoRA rank of each module ({counts}); an empty cell has no adapter.{in_full}",
         ),
     ]
 

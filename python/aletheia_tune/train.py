@@ -1,4 +1,4 @@
-"""Fine-tuning of a plan's adapters on `transformers.Trainer`: glue, measurements and a safe ending."""
+"""Fine-tuning as a plan says on `transformers.Trainer`: glue, measurements and a safe ending."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import PeftModel, get_peft_model
-from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -35,10 +34,12 @@ from aletheia_tune.classification import class_of, is_classifier, load_classifie
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
 from aletheia_tune.environment import is_first_process, native_dtype, peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
 from aletheia_tune.prefix import PrefixCut, cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
+from aletheia_tune.rates import parameter_groups
 from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
 from aletheia_tune.shrink import Shrinking, lowest_kept
 from aletheia_tune.start import gradient_start
@@ -82,6 +83,7 @@ class TrainConfig:
         learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
         lora_plus: learning rate of the adapters' B over that of their A, which is `learning_rate` (LoRA+, arXiv
             2402.12354).
+        full_rate: learning rate of what the plan trains in full over that of A.
         schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
         warmup: steps of linear warm-up; below 1, the share of all steps.
         label_smoothing: share of every label that all tokens of the vocabulary, or all classes, divide among them, in
@@ -90,9 +92,10 @@ class TrainConfig:
             gradients over the first 4 batches of a shuffle of its own (`start.gradient_start`), at a cost that counts
             as training time. B begins as 0 in either.
         seed: of the adapters' initial weights, the dropout and the order of the examples.
-        dtype: of the frozen weights, "bfloat16" or "float32"; "auto" becomes whichever is fast here (`native_dtype`).
+        dtype: of the frozen weights, "bfloat16" or "float32"; "native" becomes whichever is fast here.
         adapter_dtype: "float32", or "frozen" for the dtype of the frozen weights: faster in PEFT's own forward, at the
-            price of updates that round away.
+            price of updates that round away. So it is for what is trained in full (`full.float32_weights`), which is
+            saved in the frozen weights' dtype in either.
         max_length: longest example in tokens.
         kernels: run the LoRA linears and, where they serve, attention, RMS norms and rotary embeddings on this
             package's operators and the output embedding on labelled rows only; otherwise PEFT's and transformers'
@@ -126,12 +129,13 @@ class TrainConfig:
     packing: bool = False
     learning_rate: float = 2e-4
     lora_plus: float = 1.0
+    full_rate: float = 0.1
     schedule: str = "linear"
     warmup: float = 0.03
     label_smoothing: float = 0.0
     init: Literal["default", "gradient"] = "default"
     seed: int = 0
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["native", "bfloat16", "float32"] = "native"
     adapter_dtype: Literal["float32", "frozen"] = "float32"
     max_length: int = 1024
     kernels: bool = True
@@ -164,6 +168,8 @@ class TrainConfig:
             raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
         if not (self.lora_plus > 0 and math.isfinite(self.lora_plus)):
             raise UserError(f"lora_plus is {self.lora_plus}: it must be a positive number, 1 for equal rates")
+        if not (self.full_rate > 0 and math.isfinite(self.full_rate)):
+            raise UserError(f"full_rate is {self.full_rate}: it must be a positive number, 1 for equal rates")
         if not (self.warmup >= 0 and math.isfinite(self.warmup)):
             raise UserError(
                 f"warmup is {self.warmup}: give a share of the steps below 1, or a number of steps"
@@ -202,7 +208,7 @@ class StepRecord:
         step_seconds: time of this step alone.
         loss: mean over the step's labelled tokens, before its update.
         learning_rate: at which the update of A was made.
-        grad_norm: L2 norm of all adapter gradients before clipping.
+        grad_norm: L2 norm of all gradients before clipping.
         tokens: tokens in the step's batches, padding left out.
     """
 
@@ -235,7 +241,7 @@ class TrainResult:
     Attributes:
         history: every optimizer step.
         evals: every evaluation, the first before training (step 0).
-        trainable_parameters: number of adapter weights, a classifier's head with them.
+        trainable_parameters: number of weights trained, in adapters and in full, a classifier's head with them.
         peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated memory.
         patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
         head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
@@ -367,16 +373,16 @@ class TrainResult:
 
 
 def _resolved(dtype: str) -> str:
-    if dtype == "auto":
+    if dtype == "native":
         return native_dtype()
     if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is unknown: choose one of native, {', '.join(DTYPES)}")
     return dtype
 
 
 def load_model(
     model_dir: str | os.PathLike[str],
-    dtype: str = "auto",
+    dtype: str = "native",
     classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -386,7 +392,8 @@ def load_model(
 
     Args:
         model_dir: the directory, or a name in the cache.
-        dtype: of the weights, "bfloat16", "float32", or "auto" for `native_dtype`.
+        dtype: of the weights, "bfloat16", "float32", "native" for `native_dtype`, or "auto" for the one
+            in which they are stored.
         classes: a sequence classifier for these classes instead, as `classification.load_classifier` makes it.
         seed: of a classifier's new head.
 
@@ -394,7 +401,7 @@ def load_model(
         UserError: nothing there, not a causal language model (a model with a classifier), no tokenizer, or an unknown
             dtype; as `load_classifier` raises it.
     """
-    dtype = _resolved(dtype)
+    weights = dtype if dtype == "auto" else DTYPES[_resolved(dtype)]
     path = Path(model_dir)
     local = path.exists()
     if local and not path.is_dir():
@@ -408,24 +415,32 @@ def load_model(
     ):
         raise UserError(f"model directory {model_dir} does not exist")
     source = str(path) if local else str(model_dir)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": local, "use_safetensors": True}
-        if classes is None:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-        else:
-            model = load_classifier(source, tokenizer, classes, seed, **options)
+        with no_progress_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+            options: dict[str, Any] = {"dtype": weights, "local_files_only": local, "use_safetensors": True}
+            if classes is None:
+                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+            else:
+                model = load_classifier(source, tokenizer, classes, seed, **options)
     except (OSError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
         ) from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers' bars for shards of weights, which a model of any size that fits here passes in no time, are off."""
+    were_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def held_out_loss(
@@ -483,7 +498,7 @@ def fine_tune(
     overwrite: bool = False,
     resume: bool = False,
 ) -> TrainResult:
-    """Train the plan's LoRA adapters on `transformers.Trainer` and save them as PEFT would.
+    """Train the plan's LoRA adapters, and what it trains in full, on `transformers.Trainer`; save it as PEFT would.
 
     `out_dir` appears once all is in it: the adapter (`adapter_config.json`, `adapter_model.safetensors`),
     `plan.json` and `metrics.json` (`TrainResult.to_dict`). The model is wrapped in place; `TrainResult.model`
@@ -569,6 +584,8 @@ def fine_tune(
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
             undo.callback(progress.close)
+            if config.adapter_dtype == "float32":
+                undo.enter_context(float32_weights(peft_model))
             if config.kernels:
                 small = _small_inputs(run, train_examples)
                 kernels = undo.enter_context(
@@ -984,11 +1001,12 @@ def _trainer(
     if is_classifier(run.model):
         # Its loss is the mean of one forward pass, whatever number of labels the Trainer counts in a step.
         trainer.model_accepts_loss_kwargs = False
-    if config.lora_plus != 1.0:
+    groups = parameter_groups(
+        run.model, config.learning_rate, lora_plus=config.lora_plus, full_rate=config.full_rate
+    )
+    if len({group["lr"] for group in groups}) > 1:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        trainer.optimizer = create_loraplus_optimizer(
-            run.model, optimizer, loraplus_lr_ratio=config.lora_plus, **options
-        )
+        trainer.optimizer = optimizer(groups, **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -29,7 +29,7 @@ from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.scores.cka import Pooling
 from aletheia_tune.scores.controls import CONTROLS
 
-COMMANDS = ["probe", "cost", "plan", "train", "compare", "race", "doctor"]
+COMMANDS = ["probe", "cost", "plan", "train", "merge", "compare", "race", "doctor"]
 
 
 class Ran(NamedTuple):
@@ -210,6 +210,39 @@ def test_rslora_reaches_the_plan(run, scores_file, tmp_path):
     out = tmp_path / "plan.json"
     assert run("plan", "--scores", scores_file, "--out", out, "--rank", 4, "--alpha", 6, "--rslora").code == 0
     assert {m.alpha / m.rank for m in Plan.from_json(out.read_text()).modules.values()} == {3.0}
+
+
+def test_from_a_probe_to_modules_in_full_to_one_merged_model(run, refuses, given, tmp_path):
+    scores, plan = tmp_path / "scores.json", tmp_path / "plan.json"
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    probe = ("probe", "--model", given["--model"], "--train", given["--train"], "--method", "hybrid")
+    assert run(*probe, "--batches", "2", "--out", scores).code == 0
+    ran = run("plan", "--scores", scores, "--full", "10%", "--rank", "4", "--out", plan)
+    assert ran.code == 0, ran
+    chosen = Plan.from_json(plan.read_text())
+    assert chosen.layers == (0, 1, 2, 3)
+    assert len(chosen.full) == 2
+    assert all(
+        f"in full for its score of {chosen.meta['full_scores'][n]:.5g}: {n}" in ran.out for n in chosen.full
+    )
+    assert "26 modules, 2 in full" in ran.out
+    trained = ("train", *options(given, plan=plan, out=adapter, full_rate=0.5, dtype="float32"))
+    assert run(*trained).code == 0
+    assert json.loads((adapter / "metrics.json").read_text())["config"]["full_rate"] == 0.5
+    merge = ("merge", "--model", given["--model"], "--adapter", adapter, "--out", merged)
+    ran = run(*merge)
+    assert ran.code == 0, ran
+    assert ran.out == f"28 modules merged: {merged}\n"
+    assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() > 0
+    refuses(*merge, says=(merged, "--overwrite"))
+    refuses(
+        *merge[:3],
+        "--adapter",
+        tmp_path / "none",
+        "--out",
+        tmp_path / "new",
+        says=("none", "has no adapter_config"),
+    )
 
 
 def test_training_switches_reach_the_metrics(run, given, plan_file, tmp_path):
@@ -449,6 +482,10 @@ def test_model_without_layers(refuses, given, plan_file, tmp_path):
         (["--frontier", "frontier.svg"], "--budget like 60%"),
         (["--budget", "60%", "--calibration", "none.json"], "cannot read the calibration file none.json"),
         (["--budget", "60%", "--calibration", "none.json", "--layers", "50%"], "drop --layers"),
+        (["--full", "100%"], "100"),
+        (["--full", "some"], "--full some is not a share"),
+        (["--full", "10%", "--control", "top"], "not by control 'top'"),
+        (["--budget", "60%", "--calibration", "none.json", "--full", "10%"], "drop --layers, --full"),
         (["--layers", "0%"], "0"),
         (["--layers", "-5%"], "-5"),
         (["--layers", "100.5%"], "100.5"),
@@ -521,6 +558,7 @@ def test_a_plan_of_another_model(refuses, given, tmp_path):
         ({"epochs": 1}, "steps and epochs"),
         ({"batch_size": 0}, "batch_size"),
         ({"learning_rate": -1}, "learning rate"),
+        ({"full_rate": 0}, "full_rate is 0"),
         ({"max_length": 1}, "max length"),
         ({"threads": 0}, "threads"),
     ],

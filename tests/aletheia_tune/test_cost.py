@@ -111,6 +111,31 @@ def test_a_prediction_by_hand():
     )
 
 
+def test_a_module_trained_in_full_ends_the_prefix_and_costs_its_weights_gradient():
+    adapters, full = {"layers.4.mlp.up": 3}, "layers.2.attn.q"
+    alone = predict(plan_of(adapters), PRICES)
+    both = predict(dataclasses.replace(plan_of(adapters), full=(full,)), PRICES)
+    price, product = PRICES.coefficients, 2 * 32 * 8 * 8
+    parts = {name: both.seconds_by_part[name] - alone.seconds_by_part[name] for name in both.seconds_by_part}
+    forward, backward = (sum(seconds()[2:4]) for seconds in (PRICES.forward_seconds, PRICES.backward_seconds))
+    assert parts == pytest.approx(
+        {
+            "prefix forward": -forward,
+            "forward": forward,
+            "head": 0,
+            "backward": backward + price.backward * product,
+            "adapters": 0,
+            "update": price.update_parameter * 64,
+        },
+        abs=1e-12,
+    )
+    held = both.bytes_by_part["adapters"] + both.bytes_by_part["gradients and moments"]
+    assert held == 16 * (3 * 32 + 64)
+    assert both.bytes == pytest.approx(sum(both.bytes_by_part.values()))
+    with pytest.raises(UserError, match=r"knows no module 'layers\.0\.other'"):
+        predict(dataclasses.replace(plan_of(adapters), full=("layers.0.other",)), PRICES)
+
+
 def test_what_cannot_be_predicted():
     plan = plan_of({"layers.4.mlp.up": 3})
     with pytest.raises(UserError, match=r"cached share 1\.5"):
@@ -217,6 +242,18 @@ def test_the_bytes_of_a_plan_not_calibrated_on(model):
     plan = Plan({name: ModulePlan(7, 14.0) for name in names}, 4, "model.layers")
     with timed_plans(model, [plan], batch) as timed:
         kept = timed[0].kept_bytes()
+    assert predict(plan, found).bytes_by_part["activations"] == pytest.approx(kept, rel=0.1)
+
+
+def test_the_bytes_of_a_plan_with_modules_in_full(model):
+    batch = Batch(2, 16)
+    found = calibrate(model, batch, rounds=1)
+    full = "model.layers.1.self_attn.q_proj"
+    names = [name for name, module in found.shape.modules.items() if module.layer >= 1 and name != full]
+    plan = Plan({name: ModulePlan(7, 14.0) for name in names}, 4, "model.layers", full=(full,))
+    with timed_plans(model, [plan], batch) as timed:
+        kept = timed[0].kept_bytes()
+        assert timed[0].step().seconds > 0
     assert predict(plan, found).bytes_by_part["activations"] == pytest.approx(kept, rel=0.1)
 
 

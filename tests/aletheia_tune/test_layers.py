@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -27,7 +28,14 @@ from transformers import (
 )
 
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import LinearModule, find_layers, linear_modules
+from aletheia_tune.layers import (
+    LinearModule,
+    bare_model,
+    bare_modules,
+    find_layers,
+    full_modules,
+    linear_modules,
+)
 
 TINY = {
     "hidden_size": 16,
@@ -129,6 +137,22 @@ def test_a_peft_model_has_the_names_of_the_model_it_wraps():
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     assert linear_modules(wrapped) == before
     assert find_layers(wrapped).path == "model.layers"
+
+
+def test_a_module_trained_in_full_is_shown_as_its_trained_copy_under_its_name():
+    model = llama()
+    before = [name for name, _ in bare_modules(model)]
+    linears = linear_modules(model)
+    full = "model.layers.1.mlp.up_proj"
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[full])
+    wrapped = get_peft_model(model, config)
+    assert [name for name, _ in bare_modules(bare_model(wrapped))] == before
+    assert linear_modules(wrapped) == linears
+    assert find_layers(wrapped).path == "model.layers"
+    (wrapper,) = full_modules(wrapped).values()
+    assert dict(bare_modules(bare_model(wrapped)))[full] is wrapper.modules_to_save["default"]
+    wrapper.set_adapter([])
+    assert dict(bare_modules(bare_model(wrapped)))[full] is wrapper.original_module
 
 
 def test_a_module_in_two_layers_comes_once():

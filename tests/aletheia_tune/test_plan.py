@@ -176,6 +176,86 @@ def test_scores_that_are_not_finite(bad):
         make_plan(scores(1.0, module_scores=dict.fromkeys(SHAPES, bad)), ranks="by-score")
 
 
+# In full
+
+
+OWN = {"q_proj": 4.0, "k_proj": 1.0, "up_proj": 3.0, "down_proj": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("share", "in_full"),
+    [
+        (10, {"0.self_attn.q_proj"}),
+        (1, {"0.self_attn.q_proj"}),
+        (25, {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        (50, {f"{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")}),
+    ],
+)
+def test_the_highest_modules_are_trained_in_full_and_the_others_adapted(share, in_full):
+    given_scores = scores(1.0, 2.0, module_scores=OWN)
+    plan = make_plan(given_scores, layers=100, full=share, rank=3)
+    assert set(plan.full) == {f"model.layers.{name}" for name in in_full}
+    assert set(plan.modules) == given_scores.modules.keys() - set(plan.full)
+    assert plan.layers == (0, 1)
+    assert plan.meta["full_share"] == share
+    assert plan.meta["full_scores"] == {name: given_scores.modules[name].score for name in plan.full}
+    assert Plan.from_json(plan.to_json()) == plan
+    # What is chosen is chosen among the layers and targets that the plan is of.
+    of_one = make_plan(given_scores, layers=50, full=share, targets=["k_proj", "down_proj"])
+    assert of_one.full == ("model.layers.1.mlp.down_proj",)
+    assert set(of_one.modules) == {"model.layers.1.self_attn.k_proj"}
+
+
+def test_the_layers_of_a_plan_are_those_of_its_full_modules_too():
+    plan = Plan({"layers.3.up": ModulePlan(2, 4.0)}, 4, "layers", full=("layers.1.down",))
+    assert plan.layers == (1, 3)
+    assert plan.trainable_parameters({"layers.3.up": (5, 7), "layers.1.down": (7, 5)}) == 2 * 12 + 35
+
+
+def test_explain_names_what_is_trained_in_full():
+    lines = make_plan(scores(1.0, 2.0, module_scores=OWN), layers=100, full=10, rank=3).explain().splitlines()
+    assert lines[1].split() == ["0", "1", "in", "3:", "k_proj", "up_proj", "down_proj", "full:", "q_proj"]
+    assert lines[2].split() == ["1", "2", "in", "3:", "q_proj", "k_proj", "up_proj", "down_proj"]
+    assert lines[3] == "2 of 2 layers, 7 modules adapted, 1 trained in full"
+    assert lines[4:] == ["in full for its score of 4: model.layers.0.self_attn.q_proj"]
+
+
+def test_expert_parameters_are_never_trained_in_full():
+    modules = {
+        "layers.0.experts.up": ModuleScore(0, 9.0, 5, 5, "mlp"),
+        "layers.0.q": ModuleScore(0, 1.0, 5, 5, "attention"),
+        "layers.0.k": ModuleScore(0, 2.0, 5, 5, "attention"),
+    }
+    meta = {"experts": {"layers.0.experts.up": [0.5] * 4}}
+    plan = make_plan(Scores("hybrid", (1.0,), modules, "layers", meta), full=10, rank=2)
+    assert plan.full == ("layers.0.k",)
+    assert set(plan.modules) == {"layers.0.experts.up", "layers.0.q"}
+    alone = {"layers.0.experts.up": modules["layers.0.experts.up"]}
+    with pytest.raises(UserError, match="no linear to train in full"):
+        make_plan(Scores("hybrid", (1.0,), alone, "layers", meta), full=10, rank=2)
+    experts, q = "model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj"
+    plan = Plan({q: ModulePlan(2, 4.0)}, 2, "model.layers", full=(experts,))
+    with pytest.raises(UserError, match=r"experts\.down_proj' cannot be trained in full"):
+        plan.to_lora_config(mixtral())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"full": -1}, "train in full -1 is outside"),
+        ({"full": 100}, "train in full 100 is outside"),
+        ({"full": math.nan}, "train in full nan is outside"),
+        ({"full": 10, "control": "top"}, "not by control 'top'"),
+        ({"full": 10, "targets": ["q_proj"], "layers": 1}, "leaves no module for adapters"),
+    ],
+)
+def test_what_cannot_be_trained_in_full(options, said):
+    with pytest.raises(UserError, match=said):
+        make_plan(scores(1.0, 2.0), **options)
+    with pytest.raises(UserError, match="probe again"):
+        make_plan(scores(1.0, 2.0, module_scores={**OWN, "up_proj": math.nan}), full=10)
+
+
 # by-score
 
 
@@ -303,6 +383,11 @@ NAME = "model.layers.1.mlp.up_proj"
         (changed(modules={NAME: {"rank": 16, "alpha": "x"}}), "up_proj': alpha 'x'"),
         (changed(modules={"model.layers.2.up_proj": {"rank": 1, "alpha": 1}}), "in none of the 2 layers"),
         (changed(modules={"model.layersX1.up_proj": {"rank": 1, "alpha": 1}}), "in none of the 2 layers"),
+        (changed(full="q"), "'full' is not a list of module names"),
+        (changed(full=[1]), "'full' is not a list of module names"),
+        (changed(full=[NAME]), "up_proj' is named twice"),
+        (changed(full=["model.layers.0.q", "model.layers.0.q"]), "q' is named twice"),
+        (changed(full=["model.layers.2.q"]), "in none of the 2 layers"),
         (changed(dropout=-0.1), "dropout -0.1"),
         (changed(dropout="0"), "dropout '0'"),
     ],
@@ -394,6 +479,77 @@ def test_the_config_survives_saving(tmp_path):
     saved = LoraConfig.from_pretrained(tmp_path)
     assert saved.rank_pattern == plan.to_lora_config(llama(3)).rank_pattern
     assert saved.task_type == "CAUSAL_LM"
+
+
+def in_full(peft_model) -> set[str]:
+    """What stock PEFT trains in full."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".modules_to_save.default.weight")
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+
+
+def test_peft_trains_the_planned_modules_in_full_where_suffixes_mislead(tmp_path):
+    # layers.1 ends as layers.11 does, and other layers have modules of the same names.
+    model = llama(12)
+    full = ("model.layers.1.self_attn.q_proj", "model.layers.10.mlp.down_proj")
+    everywhere = uniform_plan(model, rank=2, alpha=4)
+    plan = Plan(
+        {name: module for name, module in everywhere.modules.items() if name not in full},
+        12,
+        "model.layers",
+        full=full,
+    )
+    config = plan.to_lora_config(model)
+    assert config.modules_to_save == list(full)
+    peft_model = get_peft_model(model, config)
+    assert in_full(peft_model) == set(full)
+    assert lora_layers(peft_model) == planned(plan)
+    plan.check(peft_model)
+    assert plan.trainable_parameters(peft_model) == peft_model.get_nb_trainable_parameters()[0]
+    assert uniform_plan(peft_model, rank=2, alpha=4) == everywhere
+    peft_model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(12), tmp_path, is_trainable=True)
+    plan.check(again)
+    assert in_full(again) == set(full)
+    adapted = Plan(everywhere.modules, 12, "model.layers")
+    with pytest.raises(UserError, match="would not adapt"):
+        adapted.check(peft_model)
+    one_less = Plan(plan.modules, 12, "model.layers", full=full[:1])
+    with pytest.raises(UserError, match=r"would train 'model\.layers\.10\.mlp\.down_proj' in full too"):
+        one_less.check(peft_model)
+
+
+def test_biases_are_trained_in_full_and_counted():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+    plan = Plan(
+        {"transformer.h.0.mlp.c_fc": ModulePlan(2, 4.0)},
+        2,
+        "transformer.h",
+        full=("transformer.h.1.attn.c_attn",),
+    )
+    peft_model = get_peft_model(model, plan.to_lora_config(model))
+    plan.check(peft_model)
+    assert plan.trainable_parameters(model) == peft_model.get_nb_trainable_parameters()[0]
+    assert plan.trainable_parameters(model) == 2 * (16 + 64) + 16 * 48 + 48
+
+
+def test_a_module_that_peft_would_train_in_full_beside_the_planned_one_is_an_error():
+    # PEFT asks whether a name ends like the module's, without regard to dots.
+    model = TwoTowers("model", "other_model")
+    plan = Plan(
+        {"model.layers.0.self_attn.q_proj": ModulePlan(2, 4.0)},
+        2,
+        "model.layers",
+        full=("model.layers.1.self_attn.q_proj",),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"would train 'other_model\.layers\.1\.self_attn\.q_proj' in full too, whose name ends",
+    ):
+        plan.to_lora_config(model)
 
 
 def test_a_model_that_is_adapted_already():

@@ -75,6 +75,14 @@ def test_plans_of_recipes(given_task):
     scored = Recipe(score="aletheia", layers=50, rank=3, probe_batches=2).plan(model, tokenizer, examples, 5)
     scores = probe(model, batches(examples, 4, pad_token_id(tokenizer), seed=5, count=2), seed=5)
     assert scored.modules == make_plan(scores, layers=50, rank=3).modules
+    recipe = Recipe(score="hybrid", full=10, rank=3, probe_batches=2)
+    hybrid = recipe.plan(model, tokenizer, examples, 5)
+    scores = probe(
+        model, batches(examples, 4, pad_token_id(tokenizer), seed=5, count=2), method="hybrid", seed=5
+    )
+    assert hybrid == make_plan(scores, layers=100, full=10, rank=3)
+    assert len(hybrid.full) == 2
+    assert len(hybrid.modules) == 28 - 2
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == before[name][0]
         assert torch.equal(parameter, before[name][1])
@@ -86,6 +94,10 @@ def test_plans_of_recipes(given_task):
         ({"score": "best"}, "score 'best' is unknown"),
         ({"layers": 0}, "layers is 0"),
         ({"layers": 101}, "layers is 101"),
+        ({"score": "hybrid", "full": 100}, "full is 100"),
+        ({"score": "hybrid", "full": -1}, "full is -1"),
+        ({"full": 10}, "score 'uniform' has no probe to choose modules by"),
+        ({"score": "top", "layers": 50, "full": 10}, "score 'top' has no probe"),
         ({"probe_batches": 0}, "probe_batches is 0"),
         ({"probe_batch_size": 0}, "probe_batch_size is 0"),
         ({"sampled_depth": 80, "score": "fisher"}, "go together"),
