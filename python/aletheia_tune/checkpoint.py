@@ -209,7 +209,8 @@ class Checkpoint:
             tensors[f"random {device}"] = torch.get_device_module(device).get_rng_state(device)
         tensors.update({f"random {name}": one.get_state() for name, one in generators.items()})
         # The global one, legacy or not, is what other people's callbacks and collators draw from.
-        name, keys, *rest = np.random.get_state()  # noqa: NPY002
+        legacy: Any = np.random.get_state()  # noqa: NPY002
+        name, keys, *rest = legacy
         state = {
             "groups": content["param_groups"],
             "scheduler": scheduler.state_dict(),

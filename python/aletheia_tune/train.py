@@ -419,6 +419,7 @@ def load_model(
         with no_progress_bars():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
             options: dict[str, Any] = {"dtype": weights, "local_files_only": local, "use_safetensors": True}
+            model: Any
             if classes is None:
                 model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
             else:
@@ -736,7 +737,7 @@ class _Run(TrainerCallback):
         """Train from a checkpoint to the end."""
         named = self._named(self.adapters)
         with torch.no_grad():
-            torch._foreach_copy_(self.adapters, found.weights("adapter", named))
+            torch._foreach_copy_(list[Tensor](self.adapters), found.weights("adapter", named))
             self._before_update = [parameter.clone() for parameter in self.adapters]
             torch._foreach_copy_(self._before_update, found.weights("good", named))
         self.history = records(StepRecord, found.tensors["metrics history"])
