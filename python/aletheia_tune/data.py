@@ -170,15 +170,15 @@ def class_names(
         labels.add(_class(record, where))
     if not labels:
         return None
-    number_of = {str(one): one for one in labels}
-    if len(number_of) == 1:
-        only = next(iter(number_of))
+    names = {str(one) for one in labels}
+    if len(names) == 1:
+        only = next(iter(names))
         label = str(source) if isinstance(source, (str, os.PathLike)) else name
         raise UserError(
             f"{label}: every label is {only!r}: a classifier needs at least two (--text-field text learns the texts)"
         )
     whole = all(isinstance(one, int) for one in labels)
-    return tuple(sorted(number_of, key=int if whole else str))
+    return tuple(sorted(names, key=int) if whole else sorted(names))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -291,22 +292,24 @@ def test_accuracy_is_reported_and_stock_peft_loads_adapters_and_head(
 def test_kernels_give_the_losses_of_plain_peft(tune, tmp_path, dropout):
     config = settings(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     path = saved(tmp_path / "model", lambda: BertModel(config))
-    fast = tune(tmp_path / "fast", model_dir=path)
-    plain = tune(tmp_path / "plain", dataclasses.replace(CONFIG, kernels=False), model_dir=path)
+    steps = dataclasses.replace(CONFIG, steps=4)
+    fast = tune(tmp_path / "fast", steps, model_dir=path)
+    plain = tune(tmp_path / "plain", dataclasses.replace(steps, kernels=False), model_dir=path)
     for mine, theirs in zip(fast.history, plain.history, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
     assert fast.eval_loss_before == pytest.approx(plain.eval_loss_before, rel=1e-5)
     assert fast.eval_accuracy_before == plain.eval_accuracy_before
     # What a race compares before any update is the same for any plan, dropout of the model or not.
-    everywhere = tune(tmp_path / "all", plan=lambda model: uniform_plan(model, rank=4), model_dir=path)
+    first = dataclasses.replace(CONFIG, steps=1)
+    everywhere = tune(tmp_path / "all", first, lambda model: uniform_plan(model, rank=4), path)
     assert everywhere.history[0].loss == pytest.approx(fast.history[0].loss, rel=1e-5)
 
 
 def test_a_step_of_two_passes_is_a_step_of_one_twice_as_large(tune, tmp_path):
-    once = tune(tmp_path / "once", dataclasses.replace(CONFIG, steps=3))
+    once = tune(tmp_path / "once", dataclasses.replace(CONFIG, steps=2))
     twice = tune(
-        tmp_path / "twice", dataclasses.replace(CONFIG, steps=3, batch_size=4, gradient_accumulation=2)
+        tmp_path / "twice", dataclasses.replace(CONFIG, steps=2, batch_size=4, gradient_accumulation=2)
     )
     for mine, theirs in zip(twice.history, once.history, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
@@ -333,7 +336,7 @@ def test_goes_on_from_a_checkpoint(tune, tmp_path):
 
 
 def test_options_that_act_on_a_classifier_too(tune, tmp_path):
-    config = dataclasses.replace(CONFIG, steps=3)
+    config = dataclasses.replace(CONFIG, steps=2)
     plain = tune(tmp_path / "plain", config)
     for name, changes in {
         "smoothed": {"label_smoothing": 0.2},
@@ -345,7 +348,7 @@ def test_options_that_act_on_a_classifier_too(tune, tmp_path):
         result = tune(tmp_path / name, dataclasses.replace(config, **changes))
         assert result.history[-1].loss != plain.history[-1].loss, name
     cached = tune(tmp_path / "cached", dataclasses.replace(config, prefix_cache=str(tmp_path / "cache")))
-    assert "21 examples read" in cached.prefix_cache
+    assert re.match(r"[1-9]\d* examples read, ", cached.prefix_cache)
     assert [r.loss for r in cached.history] == pytest.approx([r.loss for r in plain.history], rel=1e-5)
     with pytest.raises(UserError, match="packing is for language models"):
         tune(tmp_path / "packed", dataclasses.replace(CONFIG, packing=True))
