@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -20,9 +21,17 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
-    """Turns a `UserError` into one line and exit code 2, and Ctrl-C into one line and exit code 130."""
+    """Turns a `UserError` into one line and exit code 2, Ctrl-C into one line and exit code 130, SIGTERM into 143."""
 
     def invoke(self, ctx: Any) -> Any:
+        terminated: list[int] = []
+
+        def terminate(number: int, frame: Any) -> None:
+            terminated.append(number)
+            raise KeyboardInterrupt
+
+        # What stops a job, a scheduler or a container, ends as Ctrl-C does, with what there is kept.
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -37,7 +46,9 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             print(f"aletheia: {str(interrupt) or 'interrupted; nothing was written'}", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + signal.SIGTERM if terminated else 130) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 app = typer.Typer(
@@ -146,6 +157,13 @@ PrefixCacheDir = Annotated[
 PrefixCacheSize = Annotated[float, typer.Option(help="GiB that the prefix cache may take at most.")]
 EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between evaluations; before and after only if not given.")
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps between checkpoints, from which --resume goes on; none if not given."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint beside --out, or begin if there is none.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 
@@ -399,6 +417,8 @@ def train(
     prefix_cache_gb: PrefixCacheSize = 8.0,
     eval_every: EvalEvery = None,
     eval_batch_size: BatchSize = 4,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     threads: Threads = None,
     prompt_field: PromptField = None,
     completion_field: CompletionField = None,
@@ -410,12 +430,14 @@ def train(
 
     Example: [bold]aletheia train --model ./my-model --train train.jsonl --eval eval.jsonl --plan plan.json
     --out my-adapter --steps 200[/bold]
+
+    To survive a kill: [bold]aletheia train ... --checkpoint-every 50 --resume[/bold], as often as it takes.
     """
-    from aletheia_tune import files
+    from aletheia_tune.checkpoint import check_output
     from aletheia_tune.plan import Plan
     from aletheia_tune.train import TrainConfig, fine_tune
 
-    files.check_output(out, overwrite)
+    check_output(out, overwrite, resume)
     config = TrainConfig(
         steps=steps,
         epochs=epochs,
@@ -438,6 +460,7 @@ def train(
         prefix_cache_gb=prefix_cache_gb,
         eval_every=eval_every,
         eval_batch_size=eval_batch_size,
+        checkpoint_every=checkpoint_every,
         threads=threads,
     )
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
@@ -445,7 +468,9 @@ def train(
     loaded, tokenizer = _model(model, dtype)
     examples = _load(train, tokenizer, max_length, fields)
     held_out = _load(eval_file, tokenizer, max_length, fields)
-    result = fine_tune(loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite)
+    result = fine_tune(
+        loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite, resume=resume
+    )
     print(
         f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss_after:.4f}, "
         f"{result.step_seconds:.3g} s a step, {result.tokens_per_second:,.0f} tokens/s, "

@@ -1,8 +1,14 @@
-"""Files and directories that appear whole or not at all: written aside, then renamed into place."""
+"""Files and directories that appear whole or not at all: written aside, then renamed into place.
+
+What is written aside is locked by the process that writes it (flock), and the lock ends with the process, however it
+ends: the next output to the same place deletes what a killed process left.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -59,7 +65,14 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, direc
 
 
 def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> None:
-    """Writes ``text`` (UTF-8) to ``path`` whole: a failure leaves the old file, or none, and nothing else.
+    """`write_bytes` of ``text`` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"), overwrite)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, overwrite: bool = False) -> None:
+    """Writes ``content`` to ``path`` whole: a failure leaves the old file, or none, and nothing else.
+
+    It is on the disk, and not in the system's memory alone, when this returns.
 
     Raises:
         UserError: ``path`` exists and ``overwrite`` is false, is a directory, its parent is missing, it
@@ -67,13 +80,15 @@ def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False)
     """
     check_output(path, overwrite, directory=False)
     target = _resolve(path)
+    sweep(target)
     aside = _sibling(target, "partial")
     try:
-        with open(aside, "x", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
+        with open(aside, "xb") as stream:
+            _lock(stream.fileno())
+            _write(stream.fileno(), content)
             os.fsync(stream.fileno())
-        os.replace(aside, target)
+            os.replace(aside, target)
+        _sync_directory(target.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if is_disk_full(error):
@@ -88,16 +103,19 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
     """Yields a fresh directory that becomes ``path`` when the block ends without an exception.
 
     With ``overwrite`` the old directory stays in place until then; it is moved away, the new one renamed in,
-    and the old one deleted. On an exception the fresh directory goes, with the parents made for it, and the
-    exception continues; one that says that the disk is full continues as a `UserError`.
+    and the old one deleted. By then its files are on the disk, and not in the system's memory alone. On an
+    exception the fresh directory goes, with the parents made for it, and the exception continues; one that says
+    that the disk is full continues as a `UserError`.
 
     Raises:
         UserError: at entry, what `check_output` refuses; later, a full disk.
     """
     check_output(path, overwrite)
     target = _resolve(path)
+    sweep(target)
     missing_parents = [parent for parent in target.parents if not parent.exists()]
     aside = _sibling(target, "partial")
+    held: int | None = None
     try:
         try:
             aside.mkdir(parents=True)
@@ -105,8 +123,14 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
             if is_disk_full(error):
                 raise
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+        held = os.open(aside, os.O_RDONLY)
+        _lock(held)
         yield aside
+        for written in aside.rglob("*"):
+            if written.is_file():
+                _sync(written)
         _rename_into_place(aside, target, path)
+        _sync_directory(target.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in missing_parents:
@@ -117,6 +141,27 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
         if is_disk_full(error) and not isinstance(error, UserError):
             raise _no_space(path) from error
         raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def sweep(target: Path) -> None:
+    """Deletes what was written aside for this output by processes that are no more."""
+    left = re.compile(re.escape(f".{target.name[:64]}.partial-") + "[0-9a-f]{12}")
+    with contextlib.suppress(OSError):
+        for path in [path for path in target.parent.iterdir() if left.fullmatch(path.name)]:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+            except BlockingIOError:  # its writer lives
+                continue
+            finally:
+                os.close(file)
 
 
 def _check_directory(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -181,7 +226,32 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name[:64]}.{kind}-{uuid.uuid4().hex[:12]}"
 
 
+def _lock(file: int) -> None:
+    # A file system without locks: nothing there is ever taken for a dead process's.
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write(file: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _sync_directory(directory: Path) -> None:
+    """The rename itself reaches the disk, where the file system knows how."""
+    with contextlib.suppress(OSError):
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def _no_space(path: str | os.PathLike[str]) -> UserError:
-    return UserError(
-        f"no space left to write {path}: free some or choose another disk; nothing was kept there"
-    )
+    kept = "what was there is kept" if os.path.lexists(path) else "nothing was kept there"
+    return UserError(f"no space left to write {path}: free some or choose another disk; {kept}")

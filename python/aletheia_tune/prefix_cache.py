@@ -65,7 +65,8 @@ class PrefixCache:
         reason: why there is no cache; empty when there is one.
         hits: examples whose rows were read.
         stored: examples whose rows were computed and kept.
-        recomputed: examples whose rows were computed and not kept, because the size bound was reached.
+        recomputed: examples whose rows were computed and not kept, because the size bound was reached or they were not
+            finite.
         passed_by: calls of the model that ran without the cache, and `passed_by_reason` why the last of them did.
     """
 
@@ -398,7 +399,8 @@ class _ActiveCache(PrefixCache):
         for span, rows in zip(spans, kept, strict=True):
             if rows is None:
                 rows = computed[span.row][span.start : span.stop]
-                if store.put(span.key, rows):
+                # What is not finite may be this batch's misfortune, and would be everyone's who reads it.
+                if bool(rows.isfinite().all()) and store.put(span.key, rows):
                     self.stored += 1
                 else:
                     self.recomputed += 1

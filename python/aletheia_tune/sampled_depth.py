@@ -31,7 +31,11 @@ def check_odds(odds: Mapping[int, float]) -> None:
 
 
 class DepthSampler:
-    """Draws how deep the next backward pass goes; made by `sampled_depth`."""
+    """Draws how deep the next backward pass goes; made by `sampled_depth`.
+
+    Attributes:
+        generator: of the draws.
+    """
 
     def __init__(
         self, trainable: list[tuple[int, nn.Parameter]], odds: Mapping[int, float], seed: int
@@ -39,11 +43,11 @@ class DepthSampler:
         self._trainable = trainable
         self._boundaries = sorted(odds)
         self._odds = torch.tensor([float(odds[layer]) for layer in self._boundaries])
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self) -> int:
         """The lowest layer that the next backward pass trains, drawn with the odds; adapters below it rest."""
-        boundary = self._boundaries[int(torch.multinomial(self._odds, 1, generator=self._generator))]
+        boundary = self._boundaries[int(torch.multinomial(self._odds, 1, generator=self.generator))]
         for layer, parameter in self._trainable:
             parameter.requires_grad_(layer >= boundary)
         return boundary

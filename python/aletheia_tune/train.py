@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
+from aletheia_tune.checkpoint import Checkpoint, Keeper, identity, records, table
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
 from aletheia_tune.environment import is_first_process, peak_memory_mb, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
@@ -51,6 +52,16 @@ INITS = ("default", "gradient")
 START_BATCHES = 4
 MAX_GRAD_NORM = 1.0
 NO_PREFIX_CACHE = "none: no directory was given"
+# Settings that change no adapter, or its last bits at most: a training may go on with others.
+FREE_SETTINGS = (
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint_every",
+    "prefix_cache",
+    "prefix_cache_gb",
+    "threads",
+    "progress",
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,8 @@ class TrainConfig:
             layers act in that step and are not trained by it. None trains all in every step.
         eval_every: optimizer steps between evaluations; None evaluates before and after only.
         eval_batch_size: examples in one forward pass of an evaluation.
+        checkpoint_every: optimizer steps between checkpoints, from which `fine_tune` goes on with `resume`; None writes
+            none.
         threads: CPU threads; None leaves torch's own choice.
         progress: show progress on stderr.
 
@@ -119,13 +132,14 @@ class TrainConfig:
     sampled_depth: Mapping[int, float] | None = None
     eval_every: int | None = None
     eval_batch_size: int = 4
+    checkpoint_every: int | None = None
     threads: int | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("steps and epochs exclude each other: give one of them")
-        for name in ("steps", "epochs", "eval_every", "threads"):
+        for name in ("steps", "epochs", "eval_every", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: it must be more than 0")
@@ -391,6 +405,7 @@ def fine_tune(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> TrainResult:
     """Train the plan's LoRA adapters on `transformers.Trainer` and save them as PEFT would.
 
@@ -402,6 +417,11 @@ def fine_tune(
     that gave a finite loss and finite gradients, those are saved with the reason under "stopped", and the
     error is raised. Ctrl-C saves what there is likewise. If no loss was ever finite there is nothing worth
     keeping, and nothing is written.
+
+    With `checkpoint_every`, a training that ends in any other way, killed for example, loses the steps since its last
+    checkpoint: the file `out_dir`.checkpoint.safetensors, which lies there until the adapter does. With `resume` the
+    same call goes on from it and comes to the adapter and the metrics of a training that nothing stopped, bit for bit
+    on CPUs with one number of threads.
 
     Started by torchrun or `accelerate launch`, every process trains on its own part of each step's examples, as the
     Trainer shares them out (`batch_size` is that of a process), and the first writes.
@@ -417,16 +437,27 @@ def fine_tune(
         out_dir: must not exist or be empty, unless `overwrite`.
         callbacks: of the Trainer's kind, called before this function's own.
         overwrite: replace a directory that is there.
+        resume: go on from the checkpoint, or begin if there is none. An adapter that was saved when training was
+            stopped is replaced.
 
     Raises:
         UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
-            model that does not keep packed examples apart.
+            model that does not keep packed examples apart; a checkpoint that is damaged, of another training, or there
+            without `resume`; the disk is full.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
         raise UserError("there are no training examples")
-    with _output_directory(out_dir, overwrite) as directory, _threads(config.threads):
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
+    keeper = Keeper(
+        out_dir,
+        lambda: identity(model, plan.to_json(), train_examples, eval_examples, settings),
+        every=config.checkpoint_every,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    with keeper, _output_directory(out_dir, keeper.replaces) as directory, _threads(config.threads):
         started = time.perf_counter()
         transformers.set_seed(config.seed)
         with warnings.catch_warnings():
@@ -437,16 +468,18 @@ def fine_tune(
                 plan.to_lora_config(model),
                 autocast_adapter_dtype=config.adapter_dtype == "float32",
             )
-        run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config)
+        run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config, keeper)
         shown = config.progress and is_first_process()
         progress = _ShowProgress(run, Console(stderr=True, quiet=not shown))
+        if resume:
+            progress.console.print(keeper.says(), highlight=False, soft_wrap=True)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
         kernels: KernelsInUse | None = None
         cut = cut_prefix(peft_model)
         cache: PrefixCache | None = None
-        if config.init == "gradient":
+        if config.init == "gradient" and keeper.found is None:
             run.start_from_gradient(train_examples)
         with contextlib.ExitStack() as undo:
             undo.callback(cut.remove)
@@ -499,6 +532,7 @@ def fine_tune(
         )
     if stop is not None:
         raise stop
+    keeper.discard()
     return result
 
 
@@ -525,12 +559,19 @@ class _Run(TrainerCallback):
     """The state of one training run: what was measured, and the last good adapter weights."""
 
     def __init__(
-        self, model: PeftModel, collator: Collator, eval_examples: Sequence[Example], config: TrainConfig
+        self,
+        model: PeftModel,
+        collator: Collator,
+        eval_examples: Sequence[Example],
+        config: TrainConfig,
+        keeper: Keeper,
     ) -> None:
         self.model = model
         self.collator = collator
         self.eval_examples = eval_examples
         self.config = config
+        self.keeper = keeper
+        self.adapter_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.history: list[StepRecord] = []
         self.evals: list[EvalRecord] = []
@@ -562,9 +603,12 @@ class _Run(TrainerCallback):
     def to_the_end(self, trainer: Trainer, out_dir: str | os.PathLike[str]) -> BaseException | None:
         """Evaluate, train, evaluate; if it ended early, what to raise once the good weights are saved."""
         try:
-            if self.eval_examples:
-                self.evaluate()
-            trainer.train()
+            if self.keeper.found is not None:
+                self._go_on(trainer, self.keeper.found)
+            else:
+                if self.eval_examples:
+                    self.evaluate()
+                trainer.train()
             if self.eval_examples and self.evals[-1].step != len(self.history):
                 self.evaluate()
         except _NonFinite as error:
@@ -572,6 +616,44 @@ class _Run(TrainerCallback):
         except KeyboardInterrupt:
             return self._interrupted(out_dir)
         return None
+
+    def _go_on(self, trainer: Trainer, found: Checkpoint) -> None:
+        """Train from a checkpoint to the end."""
+        named = self._named(self.adapters)
+        with torch.no_grad():
+            torch._foreach_copy_(self.adapters, found.weights("adapter", named))
+            self._before_update = [parameter.clone() for parameter in self.adapters]
+            torch._foreach_copy_(self._before_update, found.weights("good", named))
+        self.history = records(StepRecord, found.tensors["metrics history"])
+        self.evals = records(EvalRecord, found.tensors["metrics evals"])
+        self.seconds = self.history[-1].seconds
+        self.worth_keeping = True
+        # The Trainer reads the step count from a file of its own, for the place in the data; for the rest it asks
+        # `_Trainer`.
+        state = TrainerState(global_step=found.step, train_batch_size=trainer.args.train_batch_size)
+        state.compute_steps(trainer.args, trainer.args.max_steps)
+        with tempfile.TemporaryDirectory() as place:
+            state.save_to_json(str(Path(place) / "trainer_state.json"))
+            trainer.train(resume_from_checkpoint=place)
+
+    def _named(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.adapter_names, (weight.detach() for weight in weights), strict=True))
+
+    def _checkpoint(self, step: int, optimizer: Any, scheduler: Any) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in self.adapters):
+            raise _NonFinite("adapter", math.nan, step)
+        assert self._before_update is not None
+        metrics = {"history": table(StepRecord, self.history), "evals": table(EvalRecord, self.evals)}
+        weights, good = self._named(self.adapters), self._named(self._before_update)
+        self.keeper.keep(
+            Checkpoint.of(
+                step, self.keeper.identity, weights, good, optimizer, scheduler, self.generators(), metrics
+            )
+        )
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Random generators of this run's own."""
+        return {} if self.depth is None else {"sampled depth": self.depth.generator}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
@@ -612,9 +694,14 @@ class _Run(TrainerCallback):
                 tokens=self.step_tokens,
             )
         )
+        # The Trainer's own history would hold the same and more, a dictionary a step.
+        state.log_history.clear()
         every = self.config.eval_every
         if every and self.eval_examples and state.global_step % every == 0:
             self.evaluate()
+        # Not after the last step, which the Trainer could not go on from and the adapter follows at once.
+        if self.keeper.due(state.global_step) and state.global_step < state.max_steps:
+            self._checkpoint(state.global_step, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def _stopped_by(self, error: _NonFinite, out_dir: str | os.PathLike[str]) -> NonFiniteLoss:
         """Go back to the last good weights, and the error to raise once they are saved."""
@@ -631,7 +718,7 @@ class _Run(TrainerCallback):
             )
         return NonFiniteLoss(
             f"{error}; the adapter after {updates} good updates is in {out_dir}: "
-            "lower the learning rate, or train in float32",
+            f"lower the learning rate, or train in float32{self.keeper.kept()}",
             step=error.step,
         )
 
@@ -641,9 +728,11 @@ class _Run(TrainerCallback):
             self._go_back()
         if not self.history:
             self.worth_keeping = False
-            return KeyboardInterrupt("interrupted before the first step was done; nothing was written")
+            return KeyboardInterrupt(
+                f"interrupted before the first step was done; nothing was written{self.keeper.kept()}"
+            )
         return KeyboardInterrupt(
-            f"interrupted after step {len(self.history)}; the adapter so far is in {out_dir}"
+            f"interrupted after step {len(self.history)}; the adapter so far is in {out_dir}{self.keeper.kept()}"
         )
 
     def _go_back(self) -> None:
@@ -670,18 +759,46 @@ class _Trainer(Trainer):
         if not self.run.config.group_by_length:
             return super()._get_train_sampler(train_dataset)
         examples: Any = self.train_dataset
-        # The Trainer's own would draw from the global generator, of which every plan leaves another state.
-        return LengthGroupedSampler(
+        return _LengthGroups(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=[len(example["input_ids"]) for example in examples],
-            generator=torch.Generator().manual_seed(self.args.seed),
+            [len(example["input_ids"]) for example in examples],
+            self.args.seed,
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights are in place: `_Run` put them there."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.run.keeper.found is not None:
+            self.run.keeper.found.restore_optimizer(self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.run.keeper.found is not None:
+            device = self.run.adapters[0].device
+            self.run.keeper.found.restore_random(self.run.generators(), device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(float(norm)):
             raise _NonFinite("gradient norm", float(norm), len(self.run.history) + 1)
         return norm
+
+
+class _LengthGroups(LengthGroupedSampler):
+    """The library's sampler in an order of the seed and the epoch alone.
+
+    Its own draws from the global generator, of which every plan leaves another state.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed)
+        for _ in range(epoch):
+            list(self)
 
 
 class _ShowProgress(TrainerCallback):

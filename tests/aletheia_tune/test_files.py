@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,24 @@ def test_write_text_over_the_file_size_limit(tmp_path):
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert listing(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    target, mine = tmp_path / "out", tmp_path / ".out.partial-notes"
+    mine.write_text("not written by this package")
+    child = os.fork()
+    if not child:
+        with files.output_directory(target) as directory:
+            (directory / "weights").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(listing(tmp_path)) == 3
+    with files.output_directory(target) as living:
+        files.write_text(target, "a file for once")  # sweeps for the same name
+        assert living.is_dir()
+        target.unlink()
+        (living / "weights").write_text("whole")
+    assert listing(tmp_path) == [".out.partial-notes", "out", "out/weights"]
 
 
 def test_output_directory_appears_only_when_the_block_ends(tmp_path):
