@@ -5,6 +5,8 @@
 # make sanitize   the operators' tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make parity  50 steps of R1 beside PEFT and beside float32: fails if our losses are further off than twice PEFT's
 # make fuzz    broken files for every reader, for SECONDS; fails on a traceback that is none of the user's
+# make kill-test  kills trainings, races and cache building at COUNT random points, and goes on; writes runs/kill-test.json
+# make soak   trains for STEPS steps and looks for what grows; writes runs/soak.json
 # make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +14,7 @@ INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
 
-.PHONY: run test test-gpu mutations bench parity sanitize fuzz install clean
+.PHONY: run test test-gpu mutations bench parity sanitize fuzz kill-test soak install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -53,6 +55,16 @@ SECONDS := 600
 
 fuzz: install
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds $(SECONDS) --json runs/fuzz.json
+
+COUNT := 100
+
+kill-test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/kill.py --count $(COUNT) --json runs/kill-test.json
+
+STEPS := 2000
+
+soak: install
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/soak.py --steps $(STEPS) --json runs/soak.json
 
 bench: install
 	mkdir -p runs

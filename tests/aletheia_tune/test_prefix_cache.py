@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -519,12 +517,3 @@ def test_a_size_that_cannot_be_meant(tmp_path):
     with pytest.raises(UserError, match="another directory"):
         cached(model, tmp_path / "file")
     assert [len(layer._forward_hooks) for layer in layers] == hooks
-
-
-def test_killed_trainings_leave_what_gives_the_same_adapter():
-    script = Path(__file__).with_name("kill_cache.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "--count", "4", "--seed", "3"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 kills, every adapter as without a cache" in done.stdout

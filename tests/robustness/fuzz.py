@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from aletheia_tune.checkpoint import Checkpoint
 from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape, ModuleShape
 from aletheia_tune.data import load_examples
 from aletheia_tune.errors import UserError
@@ -190,6 +191,14 @@ def targets(directory: Path) -> list[Target]:
         whole.put(bytes([number]) * 16, torch.full((2, 4), float(number)))
     whole.close()
     index = (store_path / "index").read_bytes()
+    weights = [torch.nn.Parameter(torch.ones(2, 3))]
+    weights[0].grad = torch.ones(2, 3)
+    optimizer = torch.optim.AdamW(weights)
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    named = {"A": weights[0]}
+    checkpoint_path = directory / "checkpoint"
+    Checkpoint.of(1, {}, named, named, optimizer, scheduler, {}, {}).write(checkpoint_path)
     return [
         Target("plan", [plan.to_json().encode()], lambda path: Plan.from_json(path.read_text("utf-8"))),
         Target("scores", [scores.to_json().encode()], lambda path: Scores.from_json(path.read_text("utf-8"))),
@@ -202,6 +211,7 @@ def targets(directory: Path) -> list[Target]:
         Target("task", tasks, read_task),
         Target("examples", lines, lambda path: load_examples(path, words, max_length=16)),
         Target("prefix index", [index], read_store),
+        Target("checkpoint", [checkpoint_path.read_bytes()], Checkpoint.read),
     ]
 
 
