@@ -5,6 +5,7 @@
 # make sanitize   the operators' tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make parity  50 steps of R1 beside PEFT and beside float32: fails if our losses are further off than twice PEFT's
 # make fuzz    broken files for every reader, for SECONDS; fails on a traceback that is none of the user's
+# make screenshots   the page of a race and a plan in a terminal, as pictures in docs/pictures; needs Chromium
 # make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
 
-.PHONY: run test test-gpu mutations bench parity sanitize fuzz install clean
+.PHONY: run test test-gpu mutations bench parity sanitize fuzz screenshots install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -53,6 +54,9 @@ SECONDS := 600
 
 fuzz: install
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds $(SECONDS) --json runs/fuzz.json
+
+screenshots: install
+	$(BIN)/python -m tests.screenshots
 
 bench: install
 	mkdir -p runs
