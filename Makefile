@@ -7,6 +7,7 @@
 # make fuzz    broken files for every reader, for SECONDS; fails on a traceback that is none of the user's
 # make kill-test  kills trainings, races and cache building at COUNT random points, and goes on; writes runs/kill-test.json
 # make soak   trains for STEPS steps and looks for what grows; writes runs/soak.json
+# make screenshots   the page of a race and a plan in a terminal, as pictures in docs/pictures; needs Chromium
 # make bench  every operator against plain torch, on one layer of four models; writes runs/bench.json
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
 
-.PHONY: run test test-gpu mutations bench parity sanitize fuzz kill-test soak install clean
+.PHONY: run test test-gpu mutations bench parity sanitize fuzz kill-test soak screenshots install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -65,6 +66,9 @@ STEPS := 2000
 
 soak: install
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/soak.py --steps $(STEPS) --json runs/soak.json
+
+screenshots: install
+	$(BIN)/python -m tests.screenshots
 
 bench: install
 	mkdir -p runs

@@ -163,7 +163,6 @@ def run(task: Task, out: Path, console: Console) -> RaceResult:
         write_report(
             directory / REPORT_FILE,
             result,
-            scores,
             title=task.title,
             question=task.question,
             commands=["make run"],
@@ -172,7 +171,7 @@ def run(task: Task, out: Path, console: Console) -> RaceResult:
         if not check.passed:
             raise RuntimeError(f"the saved adapter is not the model that was trained: {check}")
     console.print(result.table())
-    console.print(verdict(result, scores))
+    console.print(verdict(result))
     console.print(f"The saved adapter, loaded by stock PEFT, is the trained model: {check}.")
     console.print(f"Written: {out} with {REPORT_FILE}, in {time.perf_counter() - started:.0f} s")
     return result

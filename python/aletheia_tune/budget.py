@@ -204,6 +204,7 @@ class _Table:
                 "predicted_time": share,
                 "score_kept": score_kept(plan, self.scores, self.rank),
                 "layer_scores": list(self.scores.layers),
+                "probe": self.scores.origin(),
                 "layer_prices_ms": self._prices(plan),
                 "layer_reasons": self._reasons(plan),
             }

@@ -1,7 +1,9 @@
-"""The command line: aletheia probe | cost | plan | train | merge | race | doctor."""
+"""The command line: aletheia probe | cost | plan | train | merge | compare | race | doctor."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import signal
 import sys
 from enum import StrEnum
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from aletheia_tune.answers import answer
 from aletheia_tune.errors import UserError
 
 # What needs torch is imported inside the commands: --help should not wait for it.
@@ -20,9 +23,38 @@ if TYPE_CHECKING:
     from aletheia_tune.data import Examples, Fields
     from aletheia_tune.plan import Plan
 
+_COMMAND = "aletheia.command"
+# Of a training's metrics, what is left to metrics.json.
+_LONG = ("format", "version", "history", "evals", "patch_report", "config", "versions")
+
+# Paragraphs without line breaks: the terminal's width decides.
+ABOUT = "\n\n".join(
+    (
+        "Gradient-guided LoRA fine-tuning: probe, plan, train, and compare with uniform LoRA.",
+        "From a model directory and a jsonl file (prompt and completion, messages, or text on each line) to a PEFT "
+        "adapter, in three commands:",
+        "[bold]aletheia probe --model DIR --train train.jsonl --out scores.json\n"
+        "aletheia plan --scores scores.json --layers 50% --out plan.json\n"
+        "aletheia train --model DIR --train train.jsonl --eval eval.jsonl \\\n"
+        "  --plan plan.json --out my-adapter[/bold]",
+        "Does it pay on your task and machine? compare says it for one plan, race over several seeds and learning "
+        "rates; both write report.html, a page to read or to send on. doctor tests this installation.",
+        "Every command has an example: aletheia COMMAND --help. With --json a command answers in one line of JSON on "
+        "stdout; progress and errors go to stderr. A mistake in what was given is one line and exit code 2, and "
+        "nothing is half written.",
+    )
+)
+
 
 class _Commands(TyperGroup):
-    """Turns a `UserError` into one line and exit code 2, Ctrl-C into one line and exit code 130, SIGTERM into 143."""
+    """Turns a `UserError` into one line and exit code 2, Ctrl-C into one line and exit code 130, SIGTERM into 143.
+
+    Keeps the arguments as they were given, for who wants to repeat the command.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_COMMAND] = ["aletheia", *args]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         terminated: list[int] = []
@@ -55,12 +87,16 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="aletheia",
-    help="Gradient-guided LoRA fine-tuning: probe, plan, train, and compare with uniform LoRA.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback(invoke_without_command=True, help=ABOUT)
+def about(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None and (text := ctx.get_help()):
+        print(text)
 
 
 class Dtype(StrEnum):
@@ -202,10 +238,18 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint beside --out, or begin if there is none.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer in one line of JSON on stdout.")]
+Price = Annotated[
+    float | None, typer.Option("--price-per-hour", help="Of this machine; the page then says what is saved.")
+]
+Watts = Annotated[
+    float | None, typer.Option(help="That this machine draws in training; the page then says what is saved.")
+]
 
 
 @app.command()
 def probe(
+    ctx: typer.Context,
     model: Model,
     train: Train,
     out: OutFile,
@@ -235,6 +279,7 @@ def probe(
     text_field: TextField = None,
     messages_field: MessagesField = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Score every layer by what a few batches say: their gradients, or what passes through it.
 
@@ -266,14 +311,22 @@ def probe(
         faithful=faithful,
         seed=seed,
     )
+    scores.meta["command"] = ctx.meta[_COMMAND]
     files.write_text(out, scores.to_json(), overwrite)
-    print(f"scores of {len(scores.layers)} layers: {out}; next: aletheia plan --scores {out} --out plan.json")
+    told = f"scores of {len(scores.layers)} layers: {out}; next: aletheia plan --scores {out} --out plan.json"
+    values = {"out": out, "method": scores.method, "layers": scores.layers, "seconds": scores.meta["seconds"]}
+    answer(as_json, values, lambda: print(told))
 
 
 @app.command()
 def plan(
-    scores: Annotated[Path, typer.Option(help="Scores, as `aletheia probe` writes them.")],
-    out: OutFile,
+    ctx: typer.Context,
+    existing: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="A plan that is there, to be shown.")
+    ] = None,
+    scores: Annotated[Path | None, typer.Option(help="Scores, as `aletheia probe` writes them.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Draw the layers, their scores and ranks.")] = False,
     layers: Annotated[
         str | None,
         typer.Option(help="Share of the layers to adapt, those of highest score (50%; with --full, 100%)."),
@@ -327,6 +380,7 @@ def plan(
     ] = None,
     dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Choose the layers and the ranks of their adapters from the scores.
 
@@ -336,11 +390,21 @@ def plan(
     --out plan.json[/bold]
 
     A tenth of the modules in full: [bold]aletheia plan --scores hybrid.json --full 10% --out plan.json[/bold]
+    A plan that is there, as a picture: [bold]aletheia plan plan.json --show[/bold]
     """
     from aletheia_tune import files
-    from aletheia_tune.plan import make_plan
+    from aletheia_tune.plan import Plan, make_plan
     from aletheia_tune.scores import Scores
 
+    if show and as_json:
+        raise UserError("--show draws for a person and --json answers a program: give one of them")
+    if existing is not None:
+        _only_shows(ctx)
+        shown = Plan.from_json(_read(existing, "plan"))
+        _tell_plan(shown, existing, show=True, as_json=as_json)
+        return
+    if scores is None or out is None:
+        raise UserError("give --scores and --out to make a plan, or the file of a plan to show it")
     files.check_output(out, overwrite, directory=False)
     timed = budget is not None and budget.strip().endswith("%")
     if timed and calibration is None:
@@ -375,7 +439,8 @@ def plan(
                 label="Score kept over predicted step time",
             )
             files.write_text(frontier, figures.standalone(svg), overwrite)
-        print(made.explain())
+        if not show and not as_json:
+            print(made.explain())
     else:
         made = make_plan(
             read,
@@ -393,14 +458,9 @@ def plan(
             targets=targets,
             dropout=dropout,
         )
-        if made.full:
-            print(made.explain())
+    made.meta["command"] = ctx.meta[_COMMAND]
     files.write_text(out, made.to_json(), overwrite)
-    chosen = ", ".join(str(layer) for layer in made.layers)
-    in_full = f", {len(made.full)} in full" if made.full else ""
-    print(
-        f"{len(made.layers)} of {made.num_layers} layers ({chosen}), {len(made.modules)} modules{in_full}: {out}"
-    )
+    _tell_plan(made, out, show=show, as_json=as_json)
 
 
 @app.command()
@@ -413,6 +473,7 @@ def cost(
     dtype: DtypeOption = Dtype.native,
     threads: Threads = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Time a few training steps here, so that `aletheia plan --budget 60%` knows what a plan costs.
 
@@ -436,10 +497,12 @@ def cost(
     calibration = calibrate(loaded, shape)
     files.write_text(out, calibration.to_json(), overwrite)
     uniform = calibration.meta["plans"]["uniform, rank 16"]["measured_s"]
-    print(
+    told = (
         f"uniform rank 16 takes {uniform:.3g} s a step; calibrated in {calibration.meta['seconds']:.0f} s: {out}; "
         f"next: aletheia plan --scores scores.json --budget 60% --calibration {out} --out plan.json"
     )
+    values = {"out": out, "uniform_step_seconds": uniform, "seconds": calibration.meta["seconds"]}
+    answer(as_json, values, lambda: print(told))
 
 
 @app.command()
@@ -486,6 +549,7 @@ def train(
     text_field: TextField = None,
     messages_field: MessagesField = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Train the adapters of a plan; the output is a PEFT adapter with plan.json and metrics.json beside it.
 
@@ -541,7 +605,7 @@ def train(
     result = fine_tune(
         loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite, resume=resume
     )
-    print(
+    told = (
         f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss_after:.4f}, "
         + (
             f"accuracy {result.eval_accuracy_before:.3f} -> {result.eval_accuracy_after:.3f}, "
@@ -552,7 +616,9 @@ def train(
         f"{result.trainable_parameters:,} trainable parameters: {out}"
     )
     if prefix_cache is not None:
-        print(f"prefix cache: {result.prefix_cache}")
+        told += f"\nprefix cache: {result.prefix_cache}"
+    measured = {key: value for key, value in result.to_dict().items() if key not in _LONG}
+    answer(as_json, {"out": out, **measured}, lambda: print(told))
 
 
 @app.command()
@@ -561,6 +627,7 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Directory of the adapter, as `aletheia train` writes it.")],
     out: OutDir,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write one plain transformers model with an adapter, and what was trained in full, merged into it.
 
@@ -571,11 +638,12 @@ def merge(
 
     files.check_output(out, overwrite)
     count = merge_adapter(model, adapter, out, overwrite=overwrite)
-    print(f"{count} modules merged: {out}")
+    answer(as_json, {"out": out, "modules": count}, lambda: print(f"{count} modules merged: {out}"))
 
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     model: Model,
     train: Train,
     eval_file: Eval,
@@ -599,22 +667,30 @@ def compare(
     completion_field: CompletionField = None,
     text_field: TextField = None,
     messages_field: MessagesField = None,
+    price_per_hour: Price = None,
+    watts: Watts = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Train a plan on this package's operators beside uniform LoRA in plain PEFT, for the same steps, in turns.
+
+    The output directory gets both adapters, race.json, and report.html: one page to read or to send on.
 
     Example: [bold]aletheia compare --model ./my-model --train train.jsonl --eval eval.jsonl --plan plan.json
     --out my-comparison --steps 100[/bold]
     """
     from rich.console import Console
 
-    from aletheia_tune import files
+    from aletheia_tune import files, worth
     from aletheia_tune.data import class_names
+    from aletheia_tune.environment import machine_facts
     from aletheia_tune.plan import Plan, uniform_plan
     from aletheia_tune.race import Arm, race
+    from aletheia_tune.report import write_report
     from aletheia_tune.train import TrainConfig
 
     files.check_output(out, overwrite)
+    tariff = worth.Tariff(price_per_hour, watts)
     config = TrainConfig(
         steps=steps,
         epochs=epochs,
@@ -642,15 +718,45 @@ def compare(
         slice_steps=slice_steps,
         overwrite=overwrite,
     )
-    Console().print(result.table())
-    print(f"adapters, metrics and race.json are in {out}")
+    page = out / "report.html"
+    write_report(
+        page,
+        result,
+        title=f"{model.resolve().name}: a plan beside uniform LoRA of rank {rank}",
+        question=f"Does LoRA by the plan {plan_file}, on this package's operators, train faster than PEFT's own LoRA "
+        f"of rank {rank} on every layer, and what does it lose?",
+        commands=[shlex.join(ctx.meta[_COMMAND])],
+        facts=machine_facts(),
+        tariff=tariff,
+        overwrite=True,
+    )
+
+    def say() -> None:
+        Console().print(result.table())
+        print(f"adapters, metrics and race.json are in {out}; the page is {page}")
+
+    values = {
+        "out": out,
+        "page": page,
+        "objection": result.objection(),
+        "arms": {
+            arm.name: {key: value for key, value in arm.training.to_dict().items() if key not in _LONG}
+            for arm in result.arms
+        },
+        "savings_in_1000_steps": [vars(saving) for saving in worth.of_steps(result, tariff)],
+    }
+    answer(as_json, values, say)
 
 
 @app.command()
 def race(
+    ctx: typer.Context,
     task_file: Annotated[Path, typer.Argument(metavar="TASK.toml", help="What is raced; see the docs.")],
     out: OutDir,
+    price_per_hour: Price = None,
+    watts: Watts = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Measure who reaches uniform LoRA's held-out loss first, each arm at its own best learning rate.
 
@@ -660,18 +766,36 @@ def race(
     """
     from rich.console import Console
 
+    from aletheia_tune import worth
     from aletheia_tune.referee import VERDICT, read_task, referee
     from aletheia_tune.report import write_verdict
 
+    tariff = worth.Tariff(price_per_hour, watts)
     verdict = referee(read_task(task_file), out, overwrite=overwrite)
     page = out / "report.html"
-    write_verdict(page, verdict, commands=[f"aletheia race {task_file} --out {out}"], overwrite=True)
-    Console().print(verdict.show())
-    print(f"every raw point is in {out / VERDICT}; the page is {page}")
+    command = shlex.join(ctx.meta[_COMMAND])
+    write_verdict(page, verdict, commands=[command], tariff=tariff, overwrite=True)
+
+    def say() -> None:
+        Console().print(verdict.show())
+        print(f"every raw point is in {out / VERDICT}; the page is {page}")
+
+    values = {
+        "out": out,
+        "page": page,
+        "objection": verdict.objection,
+        "recommended": verdict.recommended,
+        "chosen": verdict.chosen,
+        "arms": {
+            name: {seed: vars(one) for seed, one in seeds.items()} for name, seeds in verdict.arms.items()
+        },
+        "savings_in_100_hours": [vars(saving) for saving in worth.of_verdict(verdict, tariff)],
+    }
+    answer(as_json, values, say)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Show versions, processor features and the backend of each operator, and test each operator here.
 
     Exit code 1 if an operator is wrong on this machine.
@@ -682,9 +806,55 @@ def doctor() -> None:
 
     from aletheia_tune.doctor import examine
 
-    healthy = examine(Console())
-    if not healthy:
+    found = examine()
+    values = {"healthy": found.healthy, **dataclasses.asdict(found)}
+    answer(as_json, values, lambda: found.show(Console()))
+    if not found.healthy:
         raise typer.Exit(1)
+
+
+def _only_shows(ctx: typer.Context) -> None:
+    """A plan that is there stays as it is, so options that would make another are a mistake.
+
+    Raises:
+        UserError: one was given.
+    """
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in ("existing", "show", "as_json"):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"a plan that is there is only shown: drop {option}, or give --scores and no plan"
+            )
+
+
+def _tell_plan(plan: Plan, place: Path, *, show: bool, as_json: bool) -> None:
+    def say() -> None:
+        if show:
+            from rich.console import Console
+
+            from aletheia_tune.picture import draw
+
+            draw(plan, Console())
+            print(f"plan: {place}")
+        else:
+            if plan.full:
+                print(plan.explain())
+            chosen = ", ".join(str(layer) for layer in plan.layers)
+            of = f"{len(plan.layers)} of {plan.num_layers} layers ({chosen})"
+            in_full = f", {len(plan.full)} in full" if plan.full else ""
+            print(f"{of}, {len(plan.modules)} modules{in_full}: {place}")
+
+    values: dict[str, Any] = {
+        "out": place,
+        "layers": plan.layers,
+        "num_layers": plan.num_layers,
+        "ranks": {name: module.rank for name, module in plan.modules.items()},
+        "full": plan.full,
+        **{key: plan.meta[key] for key in ("predicted_time", "score_kept") if key in plan.meta},
+    }
+    answer(as_json, values, say)
 
 
 def _fields(

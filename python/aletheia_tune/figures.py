@@ -12,7 +12,7 @@ import re
 import statistics
 import xml.etree.ElementTree as ElementTree
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ _WIDTH_INCHES = 4.2
 _ROW_POINTS = 13.0
 
 # Marker colours, one per CSS variable: values that nothing else in a drawing has.
-_INK, _MUTED, _GRID, _CHOSEN, _REST, _CELL = (f"#0{i}0a0b" for i in range(6))
+_INK, _MUTED, _GRID, _CHOSEN, _REST, _CELL, _PAGE = (f"#0{i}0a0b" for i in range(7))
 _ARMS = tuple(f"#1{i}0a0b" for i in range(6))
 MOST_CURVES = len(_ARMS)
 CSS_VARIABLES: dict[str, str] = {
@@ -38,6 +38,7 @@ CSS_VARIABLES: dict[str, str] = {
     _CHOSEN: "--chosen",
     _REST: "--rest",
     _CELL: "--cell",
+    _PAGE: "--page",
     **{marker: f"--arm-{i}" for i, marker in enumerate(_ARMS)},
 }
 # The report's light colours, for a figure without a page.
@@ -102,7 +103,7 @@ def score_bars(scores: Sequence[float], chosen: Sequence[int], *, label: str) ->
                     "★", (score, layer), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
                 )
         axes.set_xlim(0, max(scores, default=1.0) * 1.08 or 1.0)
-        axes.set_xlabel("score (gradient norm, summed)")
+        axes.set_xlabel("score")
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         return _inline_svg(figure, label)
@@ -185,6 +186,38 @@ def loss_strips(rows: Sequence[tuple[str, Sequence[float]]], *, x_label: str, la
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        return _inline_svg(figure, label)
+
+
+def step_parts(rows: Sequence[tuple[str, Mapping[str, float]]], *, label: str) -> str:
+    """For each named arm, the first at the top, a bar of its step's seconds by part, and the name above the bar."""
+    parts = list(dict.fromkeys(part for _, seconds in rows for part in seconds))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_INCHES, 0.55 * len(rows) + 1.0), layout="constrained")
+        axes = figure.subplots()
+        lefts = [0.0] * len(rows)
+        for part, colour in zip(parts, (_ARMS[2], _ARMS[1], _ARMS[0]), strict=True):
+            widths = [seconds.get(part, 0.0) for _, seconds in rows]
+            # A gap in the page's own colour, so that parts are told apart without theirs.
+            axes.barh(range(len(rows)), widths, left=lefts, height=0.4, color=colour, label=part)
+            lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+            axes.vlines(
+                lefts,
+                [row - 0.2 for row in range(len(rows))],
+                [row + 0.2 for row in range(len(rows))],
+                color=_PAGE,
+                linewidth=1.5,
+            )
+        for row, (name, _) in enumerate(rows):
+            axes.annotate(name, (0, row - 0.24), xytext=(1, 0), textcoords="offset points", va="bottom")
+        axes.set_ylim(len(rows) - 0.6, -0.75)
+        axes.set_xlim(0, max(lefts, default=1.0) * 1.02 or 1.0)
+        axes.set_yticks([])
+        axes.set_xlabel("seconds of a step")
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=10, handlelength=1.2, borderaxespad=0)
         return _inline_svg(figure, label)
 
 

@@ -64,7 +64,8 @@ class Plan:
         layer_path: where they are; every module's name is ``{layer_path}.{index}.…``.
         dropout: of the adapters' input.
         meta: how the plan was made; ``layer_scores``, ``layer_prices_ms`` and ``layer_reasons`` are what `explain`
-            shows, as it does ``full_scores``.
+            shows, as it does ``full_scores``; ``probe`` is `Scores.origin`, ``command`` the arguments of the
+            `aletheia plan` that made it.
         full: linears whose own weight and bias are trained, by name like ``modules``; none of them has an adapter.
 
     Raises:
@@ -106,6 +107,37 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """The indices of the layers of which something is trained, ascending."""
         return tuple(sorted({index for index, _ in self._by_layer()}))
+
+    @property
+    def layer_scores(self) -> tuple[float, ...] | None:
+        """The scores it was made from; None unless `meta` has one finite number for each layer."""
+        scores = self.meta.get("layer_scores")
+        if not isinstance(scores, list) or len(scores) != self.num_layers:
+            return None
+        return tuple(map(float, scores)) if all(map(_is_number, scores)) else None
+
+    @property
+    def probe_seconds(self) -> float:
+        """What the probe took whose scores it was made from; 0 where `meta` does not say."""
+        probe = self.meta.get("probe")
+        seconds: Any = probe.get("seconds") if isinstance(probe, dict) else None
+        return float(seconds) if _is_number(seconds) and seconds > 0 else 0.0
+
+    def places(self) -> dict[str, tuple[int, str]]:
+        """By module its layer, and of its name as much as tells it apart within a layer: "q_proj", "mlp.c_proj"."""
+        inside = {}
+        for index, name in self._by_layer():
+            prefix = f"{self.layer_path}.{index}." if self.layer_path else f"{index}."
+            inside[name] = (index, name.removeprefix(prefix))
+        # Of names that end alike, as GPT-2's attn.c_proj and mlp.c_proj, the last two parts.
+        ends = Counter(_last(rest) for rest in {rest for _, rest in inside.values()})
+        return {
+            name: (
+                index,
+                _last(rest) if ends[_last(rest)] == 1 else ".".join(rest.split(".")[-2:]),
+            )
+            for name, (index, rest) in inside.items()
+        }
 
     def to_json(self) -> str:
         return (
@@ -449,6 +481,7 @@ def make_plan(
             "rslora": rslora,
             "targets": list(targets) if targets is not None else None,
             "layer_scores": list(scores.layers),
+            "probe": scores.origin(),
             **({"full_share": full, "full_scores": in_full} if in_full else {}),
         },
         full=tuple(in_full),

@@ -354,6 +354,26 @@ class Verdict:
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
+    @staticmethod
+    def from_json(text: str) -> Verdict:
+        """The verdict that `to_json` wrote.
+
+        Raises:
+            UserError: not such a text.
+        """
+        try:
+            content = json.loads(text)
+            if (content["format"], content["version"]) != ("aletheia-verdict", 1):
+                raise UserError("this is not an aletheia verdict of version 1")
+            values = {one.name: content[one.name] for one in dataclasses.fields(Verdict)}
+            values["arms"] = {
+                name: {seed: SeedVerdict(**figures) for seed, figures in seeds.items()}
+                for name, seeds in values["arms"].items()
+            }
+            return Verdict(**values)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"this is not an aletheia verdict of version 1: {error}") from error
+
     def results(self) -> dict[str, RaceResult]:
         """The race of each seed, read back from the raw points."""
         return {seed: RaceResult.from_json(json.dumps(points["race"])) for seed, points in self.races.items()}

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import shlex
+import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from aletheia_tune import figures, files
+from aletheia_tune import figures, files, worth
+from aletheia_tune.worth import Tariff
 
 if TYPE_CHECKING:
     from aletheia_tune.plan import Plan
-    from aletheia_tune.race import ArmResult, RaceResult
+    from aletheia_tune.race import ArmResult, RaceResult, RaceTable
     from aletheia_tune.referee import Verdict
-    from aletheia_tune.scores import Scores
 
 Facts = Sequence[tuple[str, str]]
+Figure = dict[str, Any]
 
 # Batches of unlike length differ by less than this.
 DISTURBED = 4
@@ -27,52 +31,62 @@ DISTURBED = 4
 def write_report(
     path: str | os.PathLike[str],
     result: RaceResult,
-    scores: Scores,
     *,
     title: str,
     question: str,
     commands: Sequence[str],
     facts: Facts = (),
+    tariff: Tariff | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the page of a race as one HTML file.
 
-    An arm whose plan was made from `scores` is charged the probe's seconds in the curve over wall-clock and
-    in the verdict. The scores' figure marks the layers of the first such plan, and that plan is shown.
+    An arm whose plan says what its probe took is charged those seconds in the curve over wall-clock and in the
+    verdict. The plan that is shown is the last one that was made from scores, or else that of the last arm.
 
     Args:
         path: of the HTML file.
         result: of `race.race`.
-        scores: of the probe.
         title: the page's heading.
         question: what was compared, in a sentence.
-        commands: to repeat it, one a line.
+        commands: to repeat it, one a line; those that made the plan come before them where the plan knows them.
         facts: more (name, value) pairs for the table of where and how it ran, first in it.
+        tariff: what an hour of the machine costs.
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: no arm's plan was made from `scores`.
         UserError: the file cannot be written.
     """
-    planned = [arm for arm in result.arms if _is_from(arm.plan, scores)]
-    if not planned:
-        raise ValueError("no arm of the race has a plan made from these scores")
+    plans = [arm.plan for arm in result.arms]
+    shown = next((plan for plan in reversed(plans) if plan.layer_scores), plans[-1])
     page = _render(
         title=title,
         question=question,
-        verdict=verdict(result, scores),
+        verdict=verdict(result),
         limits=_limits(result),
         table=result.cells(),
-        curves=_curves(result, scores),
-        layers=_layer_figures(planned[0].plan, scores),
-        facts=[*facts, *_facts(result, scores)],
-        commands=commands,
+        worth=_worth(
+            worth.of_steps(result, tariff or Tariff()),
+            f"{worth.STEPS:,} steps",
+            "By the median step of each arm on this machine, against the first arm; a probe is paid once and is not in "
+            "it. Below zero is a loss.",
+        ),
+        curves=_curves(result),
+        parts=_parts(result),
+        layers=_layer_figures(shown),
+        facts=[*facts, *_facts(result)],
+        commands=[*_made_by(shown), *commands],
     )
     files.write_text(path, page, overwrite)
 
 
 def write_verdict(
-    path: str | os.PathLike[str], verdict: Verdict, *, commands: Sequence[str], overwrite: bool = False
+    path: str | os.PathLike[str],
+    verdict: Verdict,
+    *,
+    commands: Sequence[str],
+    tariff: Tariff | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the page of a referee's verdict as one HTML file.
 
@@ -80,11 +94,14 @@ def write_verdict(
         path: of the HTML file.
         verdict: of `referee.referee`.
         commands: to repeat it, one a line.
+        tariff: what an hour of the machine costs.
         overwrite: replace a file that is there.
 
     Raises:
         UserError: the file cannot be written.
     """
+    results = list(verdict.results().values())
+    recommended = next(arm for arm in results[0].arms if arm.name == verdict.recommended)
     rates = "; ".join(
         f"{name}: " + ", ".join(f"{loss:.4f} at {rate}" for rate, loss in losses.items())
         for name, losses in verdict.rates.items()
@@ -97,8 +114,15 @@ def write_verdict(
         limits="One model, one task, one machine, and seeds that share the held-out examples on which rates were "
         "chosen. Time runs from before the probe; evaluation is in nobody's time.",
         table=verdict.cells(),
+        worth=_worth(
+            worth.of_verdict(verdict, tariff or Tariff()),
+            f"{worth.HOURS} hours of the baselines",
+            "By the median seed (lowest and highest seed), for a run whose ratio of times is the one measured here. An "
+            "arm that missed the target with a seed is left out.",
+        ),
         curves=_verdict_figures(verdict),
-        layers=[],
+        parts=_parts(results[0]),
+        layers=_layer_figures(recommended.plan),
         facts=[*verdict.machine.items(), ("rates tried, held-out loss at the end", rates)],
         commands=commands,
     )
@@ -129,7 +153,7 @@ def _judgement(verdict: Verdict) -> str:
         spread = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
         times = f"{spread} of the baselines' time, {len(ratios)} of {len(seeds)} seeds"
         first = f"{verdict.recommended} reached the target in {times}" + (
-            f"; {missed} did not reach it." if missed else "."
+            f"; {missed} did not reach it." if missed else f".{_confidence(len(ratios))}"
         )
     lower = sum(
         one.loss_equal_time is not None and one.loss_equal_time < one.baseline_loss_equal_time
@@ -138,11 +162,18 @@ def _judgement(verdict: Verdict) -> str:
     return f"{first} Trained for the baselines' time it ended with a lower loss in {lower} of {len(seeds)} seeds."
 
 
-def _verdict_figures(verdict: Verdict) -> list[dict[str, str]]:
+def _confidence(seeds: int) -> str:
+    """How sure the range over the seeds is: the median of all lies outside it only if all drawn lie on one side."""
+    if seeds == 1:
+        return " One seed says nothing of the spread."
+    return f" That range holds the median over all seeds with a confidence of {1 - 0.5 ** (seeds - 1):.0%}."
+
+
+def _verdict_figures(verdict: Verdict) -> list[Figure]:
     """Where every arm ended, then for each seed the way there of as many arms as can be told apart."""
     results = verdict.results()
     first = next(iter(results.values()))
-    names, unit = [arm.name for arm in first.arms], first.loss_unit
+    names, loss_unit = [arm.name for arm in first.arms], first.loss_unit
     ends = {
         name: [
             arm.training.evals[-1].loss
@@ -155,44 +186,47 @@ def _verdict_figures(verdict: Verdict) -> list[dict[str, str]]:
     rows = [(name, losses) for name, losses in ends.items() if losses]
     words = "; ".join(f"{name}: {', '.join(f'{loss:.4f}' for loss in losses)}" for name, losses in rows)
     strips = figures.loss_strips(
-        rows, x_label=f"held-out loss at the end ({unit})", label=f"Held-out loss at the end. {words}."
+        rows, x_label=f"held-out loss at the end ({loss_unit})", label=f"Held-out loss at the end. {words}."
     )
-    drawn = [_figure(strips, "Every arm after all its steps: a mark for each seed, a bar at the mean.")]
+    drawn = [
+        _figure(strips, "Every arm after all its steps: a mark for each seed, a bar at the mean.", alone=True)
+    ]
     shown = [name for name in names if name not in verdict.arms or name == verdict.recommended]
     others = [name for name in names if name not in shown]
     shown += others[: max(0, figures.MOST_CURVES - len(shown))]
+    verdicts = verdict.arms.get(verdict.recommended, {})
     for seed, result in results.items():
-        curves = [
-            figures.Curve(
-                arm.name,
-                [record.seconds + arm.start_seconds for record in arm.training.evals],
-                [record.loss for record in arm.training.evals],
+        target = verdicts[seed].target if seed in verdicts else None
+        arms = [arm for arm in result.arms if arm.name in shown[: figures.MOST_CURVES]]
+        for by, x_label in (("time", "seconds, probe and patching included"), ("steps", "step")):
+            curves = [
+                figures.Curve(
+                    arm.name,
+                    [
+                        record.step if by == "steps" else record.seconds + arm.start_seconds
+                        for record in arm.training.evals
+                    ],
+                    [record.loss for record in arm.training.evals],
+                )
+                for arm in arms
+            ]
+            unit = "steps" if by == "steps" else "s"
+            words = "; ".join(
+                f"{curve.name}: {curve.loss[-1]:.4f} after {curve.x[-1]:.0f} {unit}" for curve in curves
             )
-            for arm in result.arms
-            if arm.name in shown[: figures.MOST_CURVES]
-        ]
-        words = "; ".join(f"{curve.name}: {curve.loss[-1]:.4f} after {curve.x[-1]:.0f} s" for curve in curves)
-        verdicts = verdict.arms.get(verdict.recommended, {})
-        svg = figures.loss_curves(
-            curves,
-            x_label="seconds, probe and patching included",
-            y_label=f"held-out loss ({unit})",
-            label=f"Held-out loss by time, seed {seed}. {words}.",
-            target=verdicts[seed].target if seed in verdicts else None,
-        )
-        drawn.append(_figure(svg, f"Seed {seed}: held-out loss by time; evaluation is left out."))
+            svg = figures.loss_curves(
+                curves,
+                x_label=x_label,
+                y_label=f"held-out loss ({loss_unit})",
+                label=f"Held-out loss by {by}, seed {seed}. {words}.",
+                target=target,
+            )
+            left_out = "; evaluation is left out" if by == "time" else ""
+            drawn.append(_figure(svg, f"Seed {seed}: held-out loss by {by}{left_out}."))
     return drawn
 
 
-def _is_from(plan: Plan, scores: Scores) -> bool:
-    return plan.meta.get("layer_scores") == list(scores.layers)
-
-
-def _probe_seconds(arm: ArmResult, scores: Scores) -> float:
-    return float(scores.meta["seconds"]) if _is_from(arm.plan, scores) else 0.0
-
-
-def verdict(result: RaceResult, scores: Scores) -> str:
+def verdict(result: RaceResult) -> str:
     """What the race found, in sentences: losses, speeds, and times with the probe charged to its plan's arms."""
     objection = result.objection()
     if objection:
@@ -208,10 +242,10 @@ def verdict(result: RaceResult, scores: Scores) -> str:
         assert base.step_seconds is not None
         assert training.step_seconds is not None
         speedup = base.step_seconds / training.step_seconds
-        probe = _probe_seconds(arm, scores)
+        probe = arm.plan.probe_seconds
         charged = f", its probe of {probe:.0f} s included" if probe else ""
         sentences.append(
-            f"“{arm.name}” has {_loss(arm)}, each step {speedup:.2f} times as fast, "
+            f"“{arm.name}” has {_loss(arm)}, each step {speedup:.2f} times as fast{_in_turns(result, arm)}, "
             f"{training.history[-1].seconds + probe:.0f} s in all{charged}."
         )
     disturbed = sum(_disturbed_steps(arm) for arm in result.arms)
@@ -221,6 +255,24 @@ def verdict(result: RaceResult, scores: Scores) -> str:
             "used the machine: go by the medians, not by the times in all."
         )
     return " ".join(sentences)
+
+
+def _in_turns(result: RaceResult, arm: ArmResult) -> str:
+    """The lowest and the highest speed-up of a single turn, as both arms took them one after the other."""
+    size = result.meta["slice_steps"]
+    base, own = result.arms[0].training.history, arm.training.history
+    if len(base) != len(own):
+        return ""
+    pairs = list(zip(base, own, strict=True))
+    turns = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    if len(turns) < 2:
+        return ""
+    ratios = [
+        statistics.median(record.step_seconds for record, _ in turn)
+        / statistics.median(record.step_seconds for _, record in turn)
+        for turn in turns
+    ]
+    return f" ({min(ratios):.2f} to {max(ratios):.2f} in single turns)"
 
 
 def _disturbed_steps(arm: ArmResult) -> int:
@@ -246,10 +298,14 @@ def _loss(arm: ArmResult) -> str:
     return "none measured" if loss is None else f"{loss:.4f}"
 
 
-def _curves(result: RaceResult, scores: Scores) -> list[dict[str, str]]:
+def _worth(savings: Sequence[worth.Saving], per: str, note: str) -> RaceTable | None:
+    return replace(worth.table(savings, per), notes=(note,)) if savings else None
+
+
+def _curves(result: RaceResult) -> list[Figure]:
     by_step, by_time = [], []
     for arm in result.arms:
-        evals, probe = arm.training.evals, _probe_seconds(arm, scores)
+        evals, probe = arm.training.evals, arm.plan.probe_seconds
         losses = [record.loss for record in evals]
         by_step.append(figures.Curve(arm.name, [record.step for record in evals], losses))
         by_time.append(figures.Curve(arm.name, [record.seconds + probe for record in evals], losses))
@@ -258,6 +314,8 @@ def _curves(result: RaceResult, scores: Scores) -> list[dict[str, str]]:
     )
     times = "; ".join(f"{curve.name}: {curve.x[-1]:.0f} s" for curve in by_time if curve.x)
     y_label = f"held-out loss ({result.loss_unit})"
+    probes = max(arm.plan.probe_seconds for arm in result.arms)
+    later = f" A plan made from scores starts later, by its probe's {probes:.1f} s." if probes else ""
     return [
         _figure(
             figures.loss_curves(
@@ -272,62 +330,73 @@ def _curves(result: RaceResult, scores: Scores) -> list[dict[str, str]]:
                 y_label=y_label,
                 label=f"Held-out loss by wall-clock time. {ends}. Time at the end, {times}.",
             ),
-            "By wall-clock time of training; evaluation is left out. "
-            f"A plan made from scores starts later, by its probe's {float(scores.meta['seconds']):.1f} s.",
+            f"By wall-clock time of training; evaluation is left out.{later}",
         ),
     ]
 
 
-def _layer_figures(plan: Plan, scores: Scores) -> list[dict[str, str]]:
-    named = {name: _place(name, plan.layer_path) for name in plan.modules}
-    short = _short({rest for _, rest in named.values()})
-    ranks = {(named[name][0], short[named[name][1]]): module.rank for name, module in plan.modules.items()}
-    chosen = ", ".join(map(str, plan.layers))
-    counts = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(ranks.values()).items()))
-    highest = max(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
-    in_full = f" {len(plan.full)} modules, not drawn, are trained in full." if plan.full else ""
+def _parts(result: RaceResult) -> list[Figure]:
+    """Where the time of a step goes, of the arms that measured it."""
+    rows = [(arm.name, parts) for arm in result.arms if (parts := arm.training.seconds_by_part)]
+    if not rows:
+        return []
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{part} {seconds:.3g} s" for part, seconds in parts.items())
+        for name, parts in rows
+    )
+    svg = figures.step_parts(rows, label=f"Where the time of a step goes. {words}.")
     return [
         _figure(
-            figures.score_bars(
-                scores.layers,
-                plan.layers,
-                label=f"Score of each of {len(scores.layers)} layers, highest in layer {highest} "
-                f"({scores.layers[highest]:.4g}). Chosen layers: {chosen}.",
-            ),
-            "Score of each layer. ★ and the stronger colour: adapted in the plan.",
-        ),
-        _figure(
-            figures.rank_grid(ranks, plan.num_layers, label=f"LoRA rank by layer and module: {counts}."),
-            f"The plan: the LoRA rank of each module ({counts}); an empty cell has no adapter.{in_full}",
-        ),
+            svg,
+            f"Medians. {words}. Forward holds the loss, on the operators its gradient too; update holds the clipping "
+            "of the gradients.",
+        )
     ]
 
 
-def _place(name: str, layer_path: str) -> tuple[int, str]:
-    """The layer of a module, and its name within the layer."""
-    index, _, rest = name.removeprefix(f"{layer_path}.").partition(".")
-    return int(index), rest
+def _layer_figures(plan: Plan) -> list[Figure]:
+    named = plan.places()
+    ranks = {named[name]: module.rank for name, module in plan.modules.items()}
+    counts = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(ranks.values()).items()))
+    in_full = f" {len(plan.full)} modules, not drawn, are trained in full." if plan.full else ""
+    lowest = plan.layers[0]
+    cut = (
+        f" The backward pass ends at layer {lowest}: what is under it runs without a graph." if lowest else ""
+    )
+    drawn = [
+        _figure(
+            figures.rank_grid(ranks, plan.num_layers, label=f"LoRA rank by layer and module: {counts}."),
+            f"The plan: the LoRA rank of each module ({counts}); an empty cell has no adapter.{in_full}{cut}",
+        )
+    ]
+    if scores := plan.layer_scores:
+        highest = max(range(len(scores)), key=scores.__getitem__)
+        bars = figures.score_bars(
+            scores,
+            plan.layers,
+            label=f"Score of each of {len(scores)} layers, highest in layer {highest} "
+            f"({scores[highest]:.4g}). Chosen layers: {', '.join(map(str, plan.layers))}.",
+        )
+        caption = f"Score of each layer ({plan.meta.get('method')}). ★ and the stronger colour: adapted in the plan."
+        drawn.insert(0, _figure(bars, caption))
+    return drawn
 
 
-def _short(names: set[str]) -> dict[str, str]:
-    """The last part of each name where that tells them apart, else the last two (GPT-2's c_proj)."""
-    last = Counter(name.rpartition(".")[2] for name in names)
-    return {
-        name: name.rpartition(".")[2]
-        if last[name.rpartition(".")[2]] == 1
-        else ".".join(name.split(".")[-2:])
-        for name in names
-    }
+def _figure(svg: str, caption: str, *, alone: bool = False) -> Figure:
+    """A drawing for the page; `alone` in its row."""
+    return {"svg": Markup(svg), "caption": caption, "alone": alone}
 
 
-def _figure(svg: str, caption: str) -> dict[str, str]:
-    return {"svg": Markup(svg), "caption": caption}
+def _made_by(plan: Plan) -> list[str]:
+    """The commands that probed and planned, quoted for a shell whatever the plan's file says."""
+    probe = plan.meta.get("probe")
+    told = [probe.get("command") if isinstance(probe, dict) else None, plan.meta.get("command")]
+    return [shlex.join(map(str, one)) for one in told if isinstance(one, list) and one[:1] == ["aletheia"]]
 
 
-def _facts(result: RaceResult, scores: Scores) -> list[tuple[str, str]]:
+def _facts(result: RaceResult) -> list[tuple[str, str]]:
     training = result.arms[0].training
     config, meta = training.config, result.meta
-    probe = scores.meta
     return [
         ("model", f"{meta['model']} in {config['dtype']}, adapters in float32"),
         ("data", f"{meta['train']} to train on, {meta['eval']} held out"),
@@ -339,14 +408,21 @@ def _facts(result: RaceResult, scores: Scores) -> list[tuple[str, str]]:
         ),
         *((arm.name, _how(arm)) for arm in result.arms),
         ("turns", f"each arm in its own process, {meta['slice_steps']} steps at a time in turn"),
-        (
-            "probe",
-            f"{scores.method}, {probe['batches']} batches of {probe['tokens']:,} tokens in all, "
-            f"{probe['seconds']:.1f} s",
-        ),
+        *(("probe", probe) for probe in dict.fromkeys(_probe(arm.plan) for arm in result.arms) if probe),
         ("allocator", meta["allocator"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
     ]
+
+
+def _probe(plan: Plan) -> str:
+    """What the probe of a plan read and took; empty where the plan does not say."""
+    if not plan.probe_seconds:
+        return ""
+    probe = plan.meta["probe"]
+    return (
+        f"{plan.meta.get('method')}, {probe.get('batches')} batches of {probe.get('tokens')} tokens in all, "
+        f"{plan.probe_seconds:.1f} s"
+    )
 
 
 def _how(arm: ArmResult) -> str:

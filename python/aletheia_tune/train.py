@@ -210,6 +210,9 @@ class StepRecord:
         learning_rate: at which the update of A was made.
         grad_norm: L2 norm of all gradients before clipping.
         tokens: tokens in the step's batches, padding left out.
+        forward_seconds: of `step_seconds`, the forward passes and the loss; None on an accelerator, which computes
+            while the clock of this process runs on.
+        backward_seconds: of `step_seconds`, the backward passes; the rest is clipping and the update.
     """
 
     step: int
@@ -219,6 +222,8 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     tokens: int
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -305,6 +310,22 @@ class TrainResult:
     def step_seconds(self) -> float | None:
         """Median time of a step in seconds, evaluation left out."""
         return statistics.median(record.step_seconds for record in self.history) if self.history else None
+
+    @property
+    def seconds_by_part(self) -> dict[str, float] | None:
+        """Median seconds of a step's "forward", "backward" and "update"; None where they were not measured."""
+        steps = [
+            (record.forward_seconds, record.backward_seconds, record.step_seconds)
+            for record in self.history
+            if record.forward_seconds is not None and record.backward_seconds is not None
+        ]
+        if not steps:
+            return None
+        return {
+            "forward": statistics.median(forward for forward, _, _ in steps),
+            "backward": statistics.median(backward for _, backward, _ in steps),
+            "update": statistics.median(whole - forward - backward for forward, backward, whole in steps),
+        }
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -694,6 +715,7 @@ class _Run(TrainerCallback):
         self.depth: DepthSampler | None = None
         self.seconds = 0.0
         self.step_tokens = 0
+        self.forward_seconds = self.backward_seconds = 0.0
         self.worth_keeping = False
         self._before_update: list[Tensor] | None = None
         self._updating = False
@@ -774,6 +796,7 @@ class _Run(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
         self.step_tokens = 0
+        self.forward_seconds = self.backward_seconds = 0.0
         if self.depth is not None:
             self.depth.draw()
 
@@ -799,6 +822,7 @@ class _Run(TrainerCallback):
     ) -> None:
         if not logs or "grad_norm" not in logs:  # the summary at the end of training
             return
+        timed = args.device.type == "cpu"
         self.history.append(
             StepRecord(
                 step=state.global_step,
@@ -808,6 +832,8 @@ class _Run(TrainerCallback):
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=float(logs["grad_norm"]),
                 tokens=self.step_tokens,
+                forward_seconds=self.forward_seconds if timed else None,
+                backward_seconds=self.backward_seconds if timed else None,
             )
         )
         # The Trainer's own history would hold the same and more, a dictionary a step.
@@ -866,9 +892,18 @@ class _Trainer(Trainer):
     ) -> Tensor:
         mask = inputs.get("attention_mask")  # a packed batch has none, and no padding
         self.run.step_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        started, forward = time.perf_counter(), self.run.forward_seconds
         loss = super().training_step(model, inputs, num_items_in_batch)
+        forward = self.run.forward_seconds - forward
+        self.run.backward_seconds += time.perf_counter() - started - forward
         if not math.isfinite(loss.item()):
             raise _NonFinite("loss", loss.item(), len(self.run.history) + 1)
+        return loss
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        loss = super().compute_loss(*arguments, **named)
+        self.run.forward_seconds += time.perf_counter() - started
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from aletheia_tune.probe import METHODS
 from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.scores.cka import Pooling
 from aletheia_tune.scores.controls import CONTROLS
+from tests import accessibility
 
 COMMANDS = ["probe", "cost", "plan", "train", "merge", "compare", "race", "doctor"]
 
@@ -257,18 +259,25 @@ def test_training_switches_reach_the_metrics(run, given, plan_file, tmp_path):
 
 def test_race_sets_the_plan_beside_uniform_peft(run, given, plan_file, tmp_path, monkeypatch):
     from aletheia_tune import race as race_module
+    from aletheia_tune import report
 
     seen: dict[str, Any] = {}
 
     class Result:
+        arms = ()
+
         def table(self) -> str:
             return "the table"
+
+        def objection(self) -> str:
+            return "nobody ran"
 
     def fake(arms: Any, *paths: Any, **settings: Any) -> Result:
         seen.update(settings, arms=arms, paths=paths)
         return Result()
 
     monkeypatch.setattr(race_module, "race", fake)
+    monkeypatch.setattr(report, "write_report", lambda *_, **__: None)
     (tmp_path / "other.txt").write_text("a b c")
     out = tmp_path / "race"
     ran = run("compare", *options(given, plan=plan_file, out=out, rank=2, other_text=tmp_path / "other.txt"))
@@ -281,6 +290,128 @@ def test_race_sets_the_plan_beside_uniform_peft(run, given, plan_file, tmp_path,
     assert planned.plan == Plan.from_json(plan_file.read_text())
     assert seen["extra_text"] == "a b c"
     assert seen["paths"][0] == given["--model"]
+
+
+def test_compare_leaves_a_page_with_its_own_command(run, given, plan_file, tmp_path):
+    out = tmp_path / "beside it"
+    given = {**given, "--steps": "4", "--price-per-hour": "2.5", "--watts": "300"}
+    arguments = options(given, plan=plan_file, out=out, rank=2, slice=2, dtype="float32")
+    ran = run("compare", *arguments, "--json")
+    assert ran.code == 0, ran
+    answered = json.loads(ran.out)
+    assert answered["objection"] is None
+    assert set(answered["arms"]) == {"uniform-peft", "plan-kernels"}
+    assert all(arm["eval_loss_after"] > 0 for arm in answered["arms"].values())
+    (saving,) = answered["savings_in_1000_steps"]
+    assert saving["worth"]["money"] == pytest.approx(2.5 * saving["saved"])
+    assert saving["worth"]["kwh"] == pytest.approx(0.3 * saving["saved"])
+
+    page = Path(answered["page"]).read_text(encoding="utf-8")
+    assert Path(answered["page"]) == out / "report.html"
+    assert accessibility.problems(page) == []
+    shown = accessibility.parse(page).find("pre")[0].all_text()
+    assert shown == shlex.join(["aletheia", "compare", *arguments, "--json"])
+    headings = [heading.all_text() for heading in accessibility.parse(page).find("h2")]
+    assert headings == [
+        "The table",
+        "What the saving is worth",
+        "Held-out loss",
+        "Where the time of a step goes",
+        "Layers and ranks",
+        "Where and how it ran",
+        "To repeat it",
+    ]
+
+
+def test_race_answers_with_the_verdict_and_writes_its_page(run, refuses, tmp_path, monkeypatch):
+    from aletheia_tune import referee
+
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "studies" / "results"
+    verdict = referee.Verdict.from_json((results / "gsm8k.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(referee, "read_task", lambda path: path)
+    monkeypatch.setattr(referee, "referee", lambda *_, **__: verdict)
+    ran = run("race", "TASK.toml", "--out", tmp_path, "--watts", "100", "--json")
+    assert ran.code == 0, ran
+    answered = json.loads(ran.out)
+    assert answered["chosen"] == {"PEFT": 0.002, "packed": 0.002}
+    ratios = sorted(one["ratio_time_to_target"] for one in answered["arms"]["packed"].values())
+    (saving,) = answered["savings_in_100_hours"]
+    assert saving["saved"] == pytest.approx(100 * (1 - ratios[1]))
+    assert (saving["least"], saving["most"]) == pytest.approx((100 * (1 - ratios[2]), 100 * (1 - ratios[0])))
+    assert saving["worth"] == {"kwh": pytest.approx(0.1 * saving["saved"])}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "That range holds the median over all seeds with a confidence of 75%." in page
+    assert f"aletheia race TASK.toml --out {tmp_path} --watts 100 --json" in page
+    assert "seed 0" in page
+    assert "by steps" in page
+    assert f"the page is {tmp_path / 'report.html'}" in run("race", "TASK.toml", "--out", tmp_path).out
+    for option in ("--watts", "--price-per-hour"):
+        refuses("race", "TASK.toml", "--out", tmp_path, option, "-1", says=("must be a positive number",))
+
+
+def test_every_step_on_the_way_answers_in_json(run, given, tiny_model_dir, train_file, tmp_path):
+    scores, plan, out = tmp_path / "scores.json", tmp_path / "plan.json", tmp_path / "adapter"
+
+    def answered(*arguments: Any) -> dict[str, Any]:
+        ran = run(*arguments, "--json")
+        assert ran.code == 0, ran
+        assert ran.out.count("\n") == 1
+        return json.loads(ran.out)
+
+    probed = answered("probe", "--model", tiny_model_dir, "--train", train_file, "--out", scores)
+    assert probed["layers"] == list(Scores.from_json(scores.read_text()).layers)
+    planned = answered("plan", "--scores", scores, "--out", plan)
+    made = Plan.from_json(plan.read_text())
+    assert planned["layers"] == list(made.layers)
+    assert planned["ranks"] == {name: module.rank for name, module in made.modules.items()}
+    assert answered("plan", plan) == planned
+    trained = answered("train", *options(given, plan=plan, out=out))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert trained["eval_loss_after"] == metrics["eval_loss_after"]
+    assert trained["out"] == str(out)
+    # What was probed and planned, word for word, goes with the plan.
+    assert made.meta["probe"]["command"][:2] == ["aletheia", "probe"]
+    assert made.meta["command"] == ["aletheia", "plan", "--scores", str(scores), "--out", str(plan), "--json"]
+
+
+def test_doctor_answers_in_json(run, monkeypatch):
+    ran = run("doctor", "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["healthy"]) == (0, True)
+    assert "lora_group" in {one["operator"] for one in found["devices"][0]["operators"]}
+    monkeypatch.setenv("ALETHEIA_BACKEND", "abacus")
+    ran = run("doctor", "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["healthy"]) == (1, False)
+    assert "abacus" in found["devices"][0]["failure"]
+
+
+def test_a_plan_is_drawn_when_made_and_when_it_is_there(run, refuses, scores_file, tmp_path):
+    out = tmp_path / "plan.json"
+    made = run("plan", "--scores", scores_file, "--out", out, "--show")
+    assert made.code == 0, made
+    again = run("plan", out, "--show")
+    assert again.code == 0, again
+    assert again.out == made.out
+    assert "no graph" in made.out
+    assert "█" in made.out
+    assert "\x1b" not in made.out
+    assert run("plan", out).out == made.out
+    refuses("plan", out, "--layers", "25%", says=("only shown: drop --layers",))
+    refuses("plan", out, "--scores", scores_file, says=("only shown: drop --scores",))
+    refuses("plan", out, "--show", "--json", says=("give one of them",))
+    refuses("plan", tmp_path / "none.json", says=("cannot read the plan file",))
+    refuses("plan", "--show", says=("give --scores and --out",))
+
+
+def test_alone_it_explains_itself(run):
+    ran = run()
+    assert ran.code == 0
+    assert ran.err == ""
+    words = " ".join(ran.out.split())
+    for command in ("probe --model DIR", "plan --scores scores.json", "train --model DIR"):
+        assert f"aletheia {command}" in words
+    assert all(command in words for command in COMMANDS)
 
 
 def test_doctor_passes_here(run):

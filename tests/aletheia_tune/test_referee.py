@@ -13,9 +13,10 @@ from aletheia_tune import referee as referee_module
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.race import ArmResult, RaceResult
-from aletheia_tune.referee import VERDICT, RaceTask, judge, read_task, referee
+from aletheia_tune.referee import VERDICT, RaceTask, Verdict, judge, read_task, referee
 from aletheia_tune.report import write_verdict
 from aletheia_tune.train import EvalRecord, StepRecord, TrainResult
+from tests import accessibility
 
 TASK = """
 name = "tiny"
@@ -98,10 +99,13 @@ def test_a_miniature_race(task_file, tmp_path):
 
     write_verdict(out / "report.html", verdict, commands=["aletheia race task.toml"])
     page = (out / "report.html").read_text()
-    assert "Scores and plan" not in page
+    assert "Layers and ranks" in page
+    assert accessibility.problems(page) == []
     assert f"{verdict.chosen['half']:g}" in page
     assert "half reached the target in" in page or "half did not reach the target with any of 1 seeds" in page
-    assert page.count("<svg") == 2  # where the arms ended, and the way there
+    # Where the arms ended, the way there by time and by steps, a step's parts, scores and ranks.
+    assert page.count("<svg") == 6
+    assert Verdict.from_json((out / VERDICT).read_text()) == verdict
 
     # Nothing is run a second time.
     runs = {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}

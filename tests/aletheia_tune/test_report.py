@@ -2,93 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from aletheia_tune import figures
+from aletheia_tune import figures, report
 from aletheia_tune.environment import machine_facts
 from aletheia_tune.errors import UserError
-from aletheia_tune.plan import ModulePlan, Plan, make_plan
+from aletheia_tune.plan import make_plan
 from aletheia_tune.race import ArmResult, RaceResult
 from aletheia_tune.report import write_report
 from aletheia_tune.scores import ModuleScore, Scores
-from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult
-
-LAYERS = 6
-MODULES = {
-    "self_attn.q_proj": (32, 32, "attention"),
-    "self_attn.o_proj": (32, 32, "attention"),
-    "mlp.down_proj": (64, 32, "mlp"),
-}
-STEPS = 8
+from aletheia_tune.train import EvalRecord
+from aletheia_tune.worth import Tariff
+from tests import race_case
+from tests.race_case import LAYERS
 
 
 @pytest.fixture
 def scores() -> Scores:
-    layers = tuple(3.0 + math.sin(2.3 * layer) for layer in range(LAYERS))
-    modules = {
-        f"model.layers.{layer}.{name}": ModuleScore(layer, layers[layer] / 3, *shape_and_kind)
-        for layer in range(LAYERS)
-        for name, shape_and_kind in MODULES.items()
-    }
-    meta = {"seconds": 7.5, "batches": 5, "tokens": 1234}
-    return Scores("aletheia", layers, modules, "model.layers", meta)
-
-
-def arm(name: str, plan: Plan, *, kernels: bool, step_seconds: float, final: float) -> ArmResult:
-    history = tuple(
-        StepRecord(i, i * step_seconds, step_seconds, 2.0 - 0.1 * i, 1e-4, 0.7, 400)
-        for i in range(1, STEPS + 1)
-    )
-    evals = (
-        EvalRecord(0, 0.0, 2.0),
-        EvalRecord(STEPS // 2, STEPS // 2 * step_seconds, (2.0 + final) / 2),
-        EvalRecord(STEPS, STEPS * step_seconds, final),
-    )
-    training = TrainResult(
-        history=history,
-        evals=evals,
-        trainable_parameters=123_456,
-        peak_memory_mb=2048.0,
-        patch_report=None,
-        head="labelled rows" if kernels else "all rows: kernels are off",
-        attention="operator" if kernels else "the model's own: kernels are off",
-        norms="9 norms and the rotary embedding" if kernels else "none: kernels are off",
-        prefix_layers=0,
-        stopped=None,
-        config={**vars(TrainConfig(steps=STEPS, learning_rate=3e-4)), "kernels": kernels},
-        versions={"python": "3.11.7", "torch": "2.13.0"},
-    )
-    return ArmResult(name, plan, kernels, training, 28.61, 28.93)
+    return race_case.scores()
 
 
 @pytest.fixture
-def result(scores: Scores) -> RaceResult:
-    everywhere = Plan(
-        {name: ModulePlan(16, 32) for name in scores.modules},
-        LAYERS,
-        "model.layers",
-        meta={"ranks": "uniform"},
-    )
-    planned = make_plan(scores, layers=50, ranks="by-type", attention_rank=4, mlp_rank=11)
-    arms = (
-        arm("PEFT, uniform r=16", everywhere, kernels=False, step_seconds=4.0, final=1.4321),
-        arm("uniform r=16, our kernels", everywhere, kernels=True, step_seconds=3.2, final=1.4333),
-        arm("Aletheia <plan> & kernels", planned, kernels=True, step_seconds=2.5, final=1.4555),
-    )
-    meta = {
-        "model": "m",
-        "train": "train.jsonl",
-        "eval": "eval.jsonl",
-        "slice_steps": 4,
-        "other_text": "Shakespeare",
-        "allocator": "tuned",
-    }
-    return RaceResult(arms, meta)
+def result() -> RaceResult:
+    return race_case.result()
 
 
 class Page(HTMLParser):
@@ -129,16 +69,16 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def write(tmp_path, result: RaceResult, scores: Scores, **kwargs) -> str:
+def write(tmp_path, result: RaceResult, **kwargs) -> str:
     path = tmp_path / "report.html"
     options = {"title": "T", "question": "Q & A?", "commands": ["make run", "aletheia plan --layers 50%"]}
-    write_report(path, result, scores, **{**options, **kwargs})
+    write_report(path, result, **{**options, **kwargs})
     return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def html(tmp_path, result, scores) -> str:
-    return write(tmp_path, result, scores, facts=machine_facts())
+def html(tmp_path, result) -> str:
+    return write(tmp_path, result, facts=machine_facts())
 
 
 @pytest.fixture
@@ -176,11 +116,11 @@ def test_identifiers_are_unique_and_references_meet_one(page):
 
 def test_every_figure_has_a_name_and_text_that_is_text(page):
     labels = [attributes.get("aria-label") for tag, attributes in page.elements if tag == "svg"]
-    assert len(labels) == 4
-    assert len(set(labels)) == 4
+    assert len(labels) == 5
+    assert len(set(labels)) == 5
     assert all(label and len(label) > 40 for label in labels)
     assert all(attributes.get("role") == "img" for tag, attributes in page.elements if tag == "svg")
-    assert sum(tag == "figcaption" for tag, _ in page.elements) == 4
+    assert sum(tag == "figcaption" for tag, _ in page.elements) == 5
     assert {"down_proj", "q_proj", "11", "step"} <= {text.strip() for text in page.text}
 
 
@@ -236,23 +176,84 @@ def test_the_chosen_layers_and_ranks_are_told(page, scores):
     assert "".join(page.text).count("★") == len(chosen) + 1  # and once in the caption
 
 
-def test_a_race_whose_losses_disagree_gives_no_speed(tmp_path, result, scores):
+def test_a_race_whose_losses_disagree_gives_no_speed(tmp_path, result):
     last = result.arms[-1]
     other = replace(
         last, training=replace(last.training, evals=(EvalRecord(0, 0.0, 5.0), *last.training.evals[1:]))
     )
-    html = write(tmp_path, replace(result, arms=(*result.arms[:-1], other)), scores)
+    html = write(tmp_path, replace(result, arms=(*result.arms[:-1], other)))
     assert "No speed is read off this race" in html
     assert "times as fast" not in html
 
 
-def test_a_disturbed_machine_is_owned_up_to(tmp_path, result, scores):
-    assert "something else used the machine" not in write(tmp_path, result, scores)
+def test_a_disturbed_machine_is_owned_up_to(tmp_path, result):
+    assert "something else used the machine" not in write(tmp_path, result)
     last = result.arms[-1]
     slow = replace(last.training.history[3], step_seconds=40.0)
     training = replace(last.training, history=(*last.training.history[:3], slow, *last.training.history[4:]))
     disturbed = replace(result, arms=(*result.arms[:-1], replace(last, training=training)))
-    assert "Of all steps, 1 took more than 4 times" in write(tmp_path, disturbed, scores, overwrite=True)
+    assert "Of all steps, 1 took more than 4 times" in write(tmp_path, disturbed, overwrite=True)
+
+
+def test_a_speed_has_its_spread_over_the_turns(tmp_path, result):
+    assert "1.60 times as fast (1.60 to 1.60 in single turns)" in write(tmp_path, result)
+    first = result.arms[0]
+    slow = tuple(replace(record, step_seconds=6.0) for record in first.training.history[:4])
+    training = replace(first.training, history=(*slow, *first.training.history[4:]))
+    moody = replace(result, arms=(replace(first, training=training), *result.arms[1:]))
+    # Medians of 5 s and 2.5 s; 6 s in the turn of the first four steps, 4 s in the other.
+    assert "2.00 times as fast (1.60 to 2.40 in single turns)" in write(tmp_path, moody, overwrite=True)
+
+
+def test_where_the_time_of_a_step_goes(page):
+    label = next(a["aria-label"] for tag, a in page.elements if tag == "svg" and "Where" in a["aria-label"])
+    assert "PEFT, uniform r=16: forward 1 s, backward 2 s, update 1 s" in label
+    assert "Aletheia <plan> & kernels: forward 0.625 s, backward 1.25 s, update 0.625 s" in label
+
+
+def test_steps_that_were_not_timed_in_parts_are_not_shown(tmp_path, result):
+    def untimed(one: ArmResult) -> ArmResult:
+        history = tuple(
+            replace(record, forward_seconds=None, backward_seconds=None) for record in one.training.history
+        )
+        return replace(one, training=replace(one.training, history=history))
+
+    html = write(tmp_path, replace(result, arms=tuple(map(untimed, result.arms))))
+    assert "Where the time of a step goes" not in html
+
+
+def test_what_the_saving_is_worth(tmp_path, result):
+    cells = Page(write(tmp_path, result)).cells
+    assert {"hours for 1,000 steps", "hours saved in 1,000 steps"} <= set(cells)
+    # 4 s a step less 2.5 s.
+    start = cells.index("0.694")
+    assert cells[start - 1 : start + 2] == ["Aletheia <plan> & kernels", "0.694", "0.417"]
+    assert not any("money" in cell or "kWh" in cell for cell in cells)
+
+    cells = Page(write(tmp_path, result, tariff=Tariff(3.0, 500.0), overwrite=True)).cells
+    start = cells.index("0.694")
+    assert cells[start : start + 4] == ["0.694", "0.417", "1.25", "0.208"]
+    assert {"money saved, at the price given", "kWh saved, at the power given"} <= set(cells)
+
+
+def test_the_commands_that_made_the_plan_come_first_and_are_safe_to_paste(tmp_path, result):
+    last = result.arms[-1]
+    meta = {
+        **last.plan.meta,
+        "probe": {**last.plan.meta["probe"], "command": ["aletheia", "probe", "--train", "my data.jsonl"]},
+        "command": ["aletheia", "plan", "--out", "x; rm -rf ~", "$(reboot)"],
+    }
+    arms = (*result.arms[:-1], replace(last, plan=replace(last.plan, meta=meta)))
+    page = Page(write(tmp_path, replace(result, arms=arms), commands=["aletheia compare"]))
+    shown = next(text for text in page.text if "aletheia probe" in text)
+    assert shown.splitlines() == [
+        "aletheia probe --train 'my data.jsonl'",
+        "aletheia plan --out 'x; rm -rf ~' '$(reboot)'",
+        "aletheia compare",
+    ]
+    for command in ("aletheia plan", ["reboot"], [], None, 3):
+        meta["command"] = command
+        assert report._made_by(arms[-1].plan) == ["aletheia probe --train 'my data.jsonl'"]
 
 
 def test_the_commands_and_the_machine_stand_there(html, page):
@@ -278,23 +279,24 @@ def test_modules_of_one_last_name_are_told_apart(tmp_path, result):
         "aletheia", (1.0, 2.0), modules, "transformer.h", {"seconds": 1.0, "batches": 1, "tokens": 8}
     )
     gpt2 = replace(result, arms=(result.arms[0], replace(result.arms[1], plan=make_plan(scores, layers=50))))
-    text = {part.strip() for part in Page(write(tmp_path, gpt2, scores)).text}
+    text = {part.strip() for part in Page(write(tmp_path, gpt2)).text}
     assert {"attn.c_proj", "mlp.c_proj", "c_fc"} <= text
 
 
-def test_scores_that_no_plan_was_made_from_are_refused(tmp_path, result, scores):
-    other = replace(scores, layers=tuple(score + 1 for score in scores.layers))
-    with pytest.raises(ValueError, match="no arm"):
-        write(tmp_path, result, other)
-    assert list(tmp_path.iterdir()) == []
+def test_plans_that_were_made_without_scores_show_ranks_alone(tmp_path, result):
+    page = Page(write(tmp_path, replace(result, arms=result.arms[:2])))
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert any(label.startswith("LoRA rank by layer") for label in labels)
+    assert not any(label.startswith("Score of each") for label in labels)
+    assert "probe" not in page.cells
 
 
-def test_an_existing_page_stays_unless_told(tmp_path, result, scores):
-    before = write(tmp_path, result, scores)
+def test_an_existing_page_stays_unless_told(tmp_path, result):
+    before = write(tmp_path, result)
     with pytest.raises(UserError, match="exists"):
-        write(tmp_path, result, scores, title="other")
+        write(tmp_path, result, title="other")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
-    assert "<h1>other</h1>" in write(tmp_path, result, scores, title="other", overwrite=True)
+    assert "<h1>other</h1>" in write(tmp_path, result, title="other", overwrite=True)
 
 
 def test_more_curves_than_can_be_told_apart_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import runpy
 import sys
 from contextlib import contextmanager
@@ -69,3 +70,22 @@ def test_the_one_line_is_one(name):
     code = [line for line in lines if line.strip() and not line.startswith(("import ", "from "))]
     assert sum("use_kernels" in line for line in code) == 1
     assert len(code) <= 30
+
+
+def code(name: str) -> list[str]:
+    return (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""\n', 1)[1].splitlines()
+
+
+def test_a_plan_changes_six_lines_of_an_ordinary_script(users_directory, monkeypatch):
+    ordinary = [
+        line.removeprefix("    ") if "trainer.train()" in line else line
+        for line in code("with_trainer")
+        if "use_kernels" not in line
+    ]
+    changes = [line for line in difflib.ndiff(ordinary, code("with_plan")) if line.startswith("+ ")]
+    assert 1 <= len([line for line in changes if line.strip() != "+"]) <= 6
+
+    weights = adapter("with_plan", users_directory / "planned", monkeypatch)
+    layers = {key.split(".layers.")[1].split(".")[0] for key in weights}
+    assert len(layers) == 2  # of four
+    assert all(weight.abs().max() > 0 for key, weight in weights.items() if "lora_B" in key)

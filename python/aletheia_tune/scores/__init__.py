@@ -49,6 +49,11 @@ class Scores:
     layer_path: str
     meta: dict[str, Any] = field(default_factory=dict)
 
+    def origin(self) -> dict[str, Any]:
+        """Of `meta` what a plan keeps: the command that probed, what it read and what it took."""
+        kept = ("command", "batches", "tokens", "seconds")
+        return {name: self.meta[name] for name in kept if name in self.meta}
+
     def to_json(self) -> str:
         """The scores as JSON text, with a format name and a version."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
