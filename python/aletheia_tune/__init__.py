@@ -13,20 +13,25 @@ from aletheia_tune.errors import NonFiniteLoss, UserError
 
 if TYPE_CHECKING:
     from aletheia_tune.budget import budget_plan, frontier
+    from aletheia_tune.checkpoint import load_optimizer, save_checkpoint
     from aletheia_tune.cost import Batch, Calibration, StepCost, calibrate, predict
     from aletheia_tune.data import Collator, Fields, load_examples
     from aletheia_tune.kernels import KernelsInUse, use_kernels
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
+    from aletheia_tune.processes import plan_of_first, scores_of_all
     from aletheia_tune.race import Arm, RaceResult
     from aletheia_tune.scores import ModuleScore, Scores
+    from aletheia_tune.scores.merge import merge_scores
     from aletheia_tune.start import gradient_start
     from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
 
 _MODULE_OF = {
     "budget_plan": "budget",
     "frontier": "budget",
+    "load_optimizer": "checkpoint",
+    "save_checkpoint": "checkpoint",
     "Batch": "cost",
     "Calibration": "cost",
     "StepCost": "cost",
@@ -46,10 +51,13 @@ _MODULE_OF = {
     "uniform_plan": "plan",
     "PrefixCut": "prefix",
     "cut_prefix": "prefix",
+    "plan_of_first": "processes",
+    "scores_of_all": "processes",
     "Arm": "race",
     "RaceResult": "race",
     "ModuleScore": "scores",
     "Scores": "scores",
+    "merge_scores": "scores.merge",
     "gradient_start": "start",
     "TrainConfig": "train",
     "TrainResult": "train",
@@ -85,9 +93,14 @@ __all__ = [
     "gradient_start",
     "load_examples",
     "load_model",
+    "load_optimizer",
     "make_plan",
+    "merge_scores",
+    "plan_of_first",
     "predict",
     "restore",
+    "save_checkpoint",
+    "scores_of_all",
     "uniform_plan",
     "use_kernels",
 ]

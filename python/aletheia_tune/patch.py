@@ -27,6 +27,7 @@ from aletheia_tune.lora_layers import (
     structural_reason,
     undisturbed,
 )
+from aletheia_tune.sharding import require_whole
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,10 @@ def apply_kernels(
         A report with the path of every adapted module and the reason for it.
 
     Raises:
-        UserError: the model has no LoRA layer; with ``strict``, a module that the operator does not serve.
+        UserError: the model has no LoRA layer, or is sharded already; with ``strict``, a module that the operator does
+            not serve.
     """
+    require_whole(model)
     restore(model)
     adapted: dict[str, Any] = {
         n: module for n, module in model.named_modules() if isinstance(module, LoraLayer)

@@ -30,7 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
-from aletheia_tune.environment import is_first_process, peak_memory_mb, versions
+from aletheia_tune.environment import is_first_process, peak_memory_mb, require_whole_models, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.packing import require_separation
@@ -420,12 +420,13 @@ def fine_tune(
 
     Raises:
         UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
-            model that does not keep packed examples apart.
+            model that does not keep packed examples apart, a launch that shards the model.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
         raise UserError("there are no training examples")
+    require_whole_models()
     with _output_directory(out_dir, overwrite) as directory, _threads(config.threads):
         started = time.perf_counter()
         transformers.set_seed(config.seed)
