@@ -114,10 +114,17 @@ def test_a_head_that_is_gone_by_the_time_of_the_loss_says_so(alone):
         fully_shard(model.get_base_model().lm_head)
         with pytest.raises(UserError, match=r"reshard_after_forward=False"):
             gradients(shard(model))
+
+
+def test_a_head_that_is_kept_until_the_loss_runs_on_labelled_rows(alone):
+    """Accelerate's layout: the embeddings by themselves, the last norm and the head together."""
     expected = gradients(adapted())
     model = adapted()
-    with use_kernels(model):
-        fully_shard(model.get_base_model().lm_head, reshard_after_forward=False)
+    with use_kernels(model) as kernels:
+        assert kernels.head.active
+        bare_model = model.get_base_model()
+        fully_shard(bare_model.model.embed_tokens)
+        fully_shard([bare_model.model.norm, bare_model.lm_head], reshard_after_forward=False)
         agree(gradients(shard(model)), expected)
 
 
