@@ -114,7 +114,7 @@ def test_shards_probe_plan_train_stop_and_go_on_as_one_process(
         lines = run(torchrun(processes) if in_shards else [], *arguments).splitlines()
         reports = [[float(word) for word in line.split()[1:]] for line in lines if line.startswith("process")]
         assert len(reports) == (processes if in_shards else 1)
-        losses = {int(step): float(loss) for step, loss in (line.split() for line in lines if line[0].isdigit())}
+        losses = {int(step): float(loss) for step, loss in (line.split() for line in lines if line[:1].isdigit())}
         for *calls, held in reports:
             # In each step two adapted layers make two calls, four layers one MLP, and the loss is one.
             assert all(count >= most * len(losses) for count, most in zip(calls, (4, 4, 1), strict=True))
