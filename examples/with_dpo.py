@@ -28,7 +28,9 @@ arguments = DPOConfig(
     logging_steps=1,
     report_to="none",
 )
-trainer = DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config)
+trainer = DPOTrainer(
+    model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config
+)
 
 with use_kernels(trainer.model):  # the reference is the model without its adapters, on its own forwards
     trainer.train()

@@ -1,4 +1,4 @@
-"""LoRA in a loop under FSDP2: the processes that torchrun starts hold a part of the frozen model each; one has it whole.
+"""LoRA in a loop under FSDP2: of several processes each holds a part of the frozen model, a single one has it whole.
 
 torchrun --standalone --nproc-per-node 2 examples/with_fsdp.py MODEL_DIR train.jsonl OUT STEPS [CHECKPOINT]
 """
@@ -12,8 +12,16 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aletheia_tune import cut_prefix, load_examples, load_optimizer, make_plan, plan_of_first, save_checkpoint
-from aletheia_tune import scores_of_all, use_kernels
+from aletheia_tune import (
+    cut_prefix,
+    load_examples,
+    load_optimizer,
+    make_plan,
+    plan_of_first,
+    save_checkpoint,
+    scores_of_all,
+    use_kernels,
+)
 from aletheia_tune.data import batches, pad_token_id
 from aletheia_tune.layers import find_layers
 from aletheia_tune.probe import probe

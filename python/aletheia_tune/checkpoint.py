@@ -80,13 +80,17 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
     for key, tensor in saved.items():
         name, _, part = key.rpartition(".")
         if name not in parameters:
-            raise UserError(f"{path} has {name}, which is not trained here: give the checkpoint's own adapter")
+            raise UserError(
+                f"{path} has {name}, which is not trained here: give the checkpoint's own adapter"
+            )
         if tensor.dim() > 0 and tensor.shape != parameters[name].shape:
             raise UserError(
                 f"{path}: {key} is {list(tensor.shape)}, the adapter {list(parameters[name].shape)}: "
                 "give the checkpoint's own adapter"
             )
-        states.setdefault(name, {})[part] = laid_out_like(tensor, parameters[name]) if tensor.dim() else tensor
+        states.setdefault(name, {})[part] = (
+            laid_out_like(tensor, parameters[name]) if tensor.dim() else tensor
+        )
     names = {parameter: name for name, parameter in parameters.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     content = optimizer.state_dict()
@@ -104,5 +108,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _tensor(value: object, key: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise UserError(f"the optimizer keeps {key}, which is no tensor: take one that keeps tensors, as AdamW does")
+        raise UserError(
+            f"the optimizer keeps {key}, which is no tensor: take one that keeps tensors, as AdamW does"
+        )
     return value

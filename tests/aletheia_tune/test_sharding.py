@@ -162,7 +162,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         load_optimizer(model, trained(model, 0), tmp_path)
     wider = adapted(rank=5)
-    with pytest.raises(UserError, match=r"is \[3, 32\], the adapter \[5, 32\]"):
+    with pytest.raises(UserError, match=r"is \[3, \d+\], the adapter \[5, \d+\]"):
         load_optimizer(wider, trained(wider, 0), tmp_path / "checkpoint")
     fewer = get_peft_model(bare(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(UserError, match="is not trained here"):

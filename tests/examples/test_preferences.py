@@ -82,7 +82,9 @@ def run(name: str, *arguments: Path) -> tuple[list[dict[str, float]], dict[str, 
     return steps, weights
 
 
-def beside_unpatched(name: str, given: list[Path], tmp_path: Path, calls: list[bool], monkeypatch) -> list[dict]:
+def beside_unpatched(
+    name: str, given: list[Path], tmp_path: Path, calls: list[bool], monkeypatch
+) -> list[dict]:
     ours, adapter = run(name, *given, tmp_path / "ours")
     patched = list(calls)
 

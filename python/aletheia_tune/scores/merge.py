@@ -39,7 +39,9 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
             len(first.layers),
             first.modules.keys(),
         ):
-            raise UserError("scores to merge are of different models or methods: probe the same model in each")
+            raise UserError(
+                "scores to merge are of different models or methods: probe the same model in each"
+            )
     if first.method in _SUMS:
         weights = [1.0] * len(parts)
     elif first.method in _MEANS:
