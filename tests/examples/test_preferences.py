@@ -29,8 +29,9 @@ def preferences(train_file: Path, tmp_path: Path) -> Path:
     with path.open("w") as file:
         for line in train_file.read_text().splitlines():
             example = json.loads(line)
-            backwards = " ".join(reversed(example["completion"].split()))
-            row = {"prompt": example["prompt"], "chosen": example["completion"], "rejected": backwards}
+            words = example["completion"].split()
+            chosen, rejected = (" " + " ".join(order) for order in (words, reversed(words)))
+            row = {"prompt": example["prompt"], "chosen": chosen, "rejected": rejected}
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -99,7 +100,7 @@ def beside_unpatched(
     for mine, other in zip(ours, theirs, strict=True):
         for key in ("loss", "grad_norm", "reward", "rewards/margins", "completions/mean_length"):
             if key in other:
-                assert mine[key] == pytest.approx(other[key], rel=0.02, abs=1e-4), (other["step"], key)
+                assert mine[key] == pytest.approx(other[key], rel=5e-3, abs=1e-4), (other["step"], key)
     assert adapter.keys() == reference.keys()
     for key, weight in reference.items():
         assert weight.abs().max() > 0
@@ -115,7 +116,7 @@ def beside_unpatched(
 def test_dpo(tiny_model_dir, preferences, tmp_path, calls, monkeypatch):
     steps = beside_unpatched("with_dpo", [tiny_model_dir, preferences], tmp_path, calls, monkeypatch)
     assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)  # the adapters begin as nothing
-    assert steps[-1]["rewards/margins"] > 0.1
+    assert sum(step["loss"] for step in steps[10:]) < 10 * math.log(2)
     assert sum(calls) >= 4 * 2 * 20
 
 
