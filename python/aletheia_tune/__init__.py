@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
+    from aletheia_tune.processes import plan_of_first, scores_of_all
     from aletheia_tune.race import Arm, RaceResult
     from aletheia_tune.scores import ModuleScore, Scores
+    from aletheia_tune.scores.merge import merge_scores
     from aletheia_tune.start import gradient_start
     from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+    from aletheia_tune.whole_checkpoint import load_optimizer, save_checkpoint
 
 _MODULE_OF = {
     "budget_plan": "budget",
     "frontier": "budget",
+    "load_optimizer": "whole_checkpoint",
+    "save_checkpoint": "whole_checkpoint",
     "Batch": "cost",
     "Calibration": "cost",
     "StepCost": "cost",
@@ -50,10 +55,13 @@ _MODULE_OF = {
     "uniform_plan": "plan",
     "PrefixCut": "prefix",
     "cut_prefix": "prefix",
+    "plan_of_first": "processes",
+    "scores_of_all": "processes",
     "Arm": "race",
     "RaceResult": "race",
     "ModuleScore": "scores",
     "Scores": "scores",
+    "merge_scores": "scores.merge",
     "gradient_start": "start",
     "TrainConfig": "train",
     "TrainResult": "train",
@@ -90,10 +98,15 @@ __all__ = [
     "gradient_start",
     "load_examples",
     "load_model",
+    "load_optimizer",
     "make_plan",
     "merge_adapter",
+    "merge_scores",
+    "plan_of_first",
     "predict",
     "restore",
+    "save_checkpoint",
+    "scores_of_all",
     "uniform_plan",
     "use_kernels",
 ]

@@ -1,4 +1,4 @@
-"""What a run runs on: package versions, the allocator's settings and the memory that this process took."""
+"""What a run runs on: package versions, the allocator's settings, its launch and the memory that this process took."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aletheia_tune.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -100,3 +102,17 @@ def native_dtype() -> str:
 def is_first_process() -> bool:
     """Whether this is the only process of a run, or the first of those that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def require_whole_models() -> None:
+    """Refuses a launch that would give each process a part of the model.
+
+    Raises:
+        UserError: `accelerate launch` was told to use FSDP or DeepSpeed.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(
+                f"fine_tune keeps the whole model in every process, and this launch is told to use {name}: "
+                "launch it with torchrun, or shard the model in a loop of your own (examples/with_fsdp.py)"
+            )

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from aletheia_kernels import linear_cross_entropy
 from aletheia_kernels.backends import BackendError
+from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model
+from aletheia_tune.sharding import is_sharded, require_whole
 
 _CALIBRATION_TOKENS = 8
 
@@ -109,6 +111,11 @@ class _Head:
         hidden, self.handed_out = self.handed_out, None
         if hidden._version != self.version or not self._came_through(logits, hidden):
             raise _TouchedLogits
+        if is_sharded(self.head.weight):
+            raise UserError(
+                "the output embedding is sharded again by the time of the loss: leave it to the root's fully_shard, "
+                "or give it reshard_after_forward=False"
+            )
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(hidden.device)
@@ -299,7 +306,11 @@ def labelled_head(model: nn.Module, *, label_smoothing: float = 0.0) -> Iterator
 
     Yields:
         LabelledHead: whether the head is in place, and why not.
+
+    Raises:
+        UserError: the model is sharded already.
     """
+    require_whole(model)
     bare = bare_model(model)
     reason, between = _examine(bare)
     if reason is not None:

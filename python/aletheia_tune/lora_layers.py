@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from aletheia_tune.dora import dora_reason, is_dora
+from aletheia_tune.sharding import is_sharded
 
 
 @contextmanager
@@ -144,6 +145,9 @@ def serves(layer: LoraLinear, x: Tensor) -> bool:
     if state_reason(layer) is not None or not x.is_floating_point() or dropout_p(layer) >= 1.0:
         return False
     weight = layer.base_layer.weight
+    if is_sharded(weight):
+        # A sibling that was given to fully_shard by itself: its weights are there in its own call alone.
+        return False
     if torch.is_autocast_enabled(x.device.type):
         return weight.dtype == torch.get_autocast_dtype(x.device.type)
     return weight.dtype == x.dtype

@@ -34,6 +34,7 @@ from aletheia_tune.lora_layers import (
     structural_reason,
     undisturbed,
 )
+from aletheia_tune.sharding import require_whole
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class _Siblings:
         return (0 if x.is_inference() else x._version), torch.is_grad_enabled()
 
     def run(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        if x is self.source and self._key(x) == self.key and id(layer) in self.outputs:
+        if x is self.source and self._key(x) == self.key:
+            if id(layer) not in self.outputs:  # left out, or here again: what is kept is the others'
+                return _compute([layer], x)[0]
             output = self.outputs.pop(id(layer))
             if not self.outputs:
                 self.source = None
@@ -214,8 +217,10 @@ def apply_kernels(
         there too, on PEFT's path; it keeps no sibling from the operator, but a gated MLP is then no call of its own.
 
     Raises:
-        UserError: the model has no LoRA layer; with ``strict``, a module that the operator does not serve.
+        UserError: the model has no LoRA layer, or is sharded already; with ``strict``, a module that the operator does
+            not serve.
     """
+    require_whole(model)
     restore(model)
     adapted: dict[str, Any] = {
         n: module for n, module in model.named_modules() if isinstance(module, LoraLayer)

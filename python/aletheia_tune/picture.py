@@ -27,9 +27,9 @@ def draw(plan: Plan, console: Console) -> None:
 
     A full bar is an adapted layer, a dotted one is left out, and both are as long as the layer's score; there are none
     for a plan that was made without scores. Every column of ranks is a module of the layer, "-" where it has no
-    adapter, "full" where its own weight is trained. Where the columns do not fit there is one, with the lowest and the highest rank. The layers under the
-    lowest adapter are marked "no graph": nothing of them is kept for the backward pass, which ends above them. Colour
-    repeats what the characters say.
+    adapter, "full" where its own weight is trained. Where the columns do not fit there is one, with the lowest and the
+    highest rank. The layers under the lowest adapter are marked "no graph": nothing of them is kept for the backward
+    pass, which ends above them. Colour repeats what the characters say.
 
     Raises:
         UserError: a plan of more than `MOST_LAYERS` layers.

@@ -32,7 +32,13 @@ from aletheia_tune import files
 from aletheia_tune.checkpoint import Checkpoint, Keeper, identity, records, table
 from aletheia_tune.classification import class_of, is_classifier, load_classifier
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
-from aletheia_tune.environment import is_first_process, native_dtype, peak_memory_mb, versions
+from aletheia_tune.environment import (
+    is_first_process,
+    native_dtype,
+    peak_memory_mb,
+    require_whole_models,
+    versions,
+)
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import KernelsInUse, use_kernels
@@ -556,13 +562,14 @@ def fine_tune(
     Raises:
         UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
             classifier or a model that does not keep packed examples apart, gradients reweighted without sampled depth,
-            a plan that cannot shrink as asked; a checkpoint that is damaged, of another training, or there without
-            `resume`; the disk is full.
+            a plan that cannot shrink as asked; a launch that shards the model; a checkpoint that is damaged, of another
+            training, or there without `resume`; the disk is full.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
         raise UserError("there are no training examples")
+    require_whole_models()
     if config.packing and is_classifier(model):
         raise UserError(
             "packing is for language models: a classifier reads one text a row, so train without it"
