@@ -134,7 +134,7 @@ def dropout_p(layer: LoraLinear) -> float:
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def active_adapter(layer: LoraLinear) -> str:
+def active_adapter(layer: LoraLayer) -> str:
     """The name of the first active adapter that the layer has."""
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 
