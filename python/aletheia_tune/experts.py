@@ -100,8 +100,8 @@ def _factors(wrappers: Sequence[ParamWrapper], name: str, weight: Tensor) -> tup
     for wrapper in wrappers:
         if wrapper.parameter_name == name:
             adapter = active_adapter(wrapper)
-            factors: tuple[Any, Any] = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
-            lora_A, lora_B = (factor.weight for factor in factors)
+            lora_A: Any = wrapper.lora_A[adapter].weight
+            lora_B: Any = wrapper.lora_B[adapter].weight
             return (
                 lora_A.view(experts, -1, width),
                 lora_B.view(out, -1, experts).permute(2, 0, 1),

@@ -144,7 +144,8 @@ def serves(layer: LoraLinear, x: Tensor) -> bool:
     """Whether the operator computes this call: the state allows it and x has, or is cast to, the weight's dtype."""
     if state_reason(layer) is not None or not x.is_floating_point() or dropout_p(layer) >= 1.0:
         return False
-    weight = layer.base_layer.weight
+    base: Any = layer.base_layer
+    weight: Tensor = base.weight
     if is_sharded(weight):
         # A sibling that was given to fully_shard by itself: its weights are there in its own call alone.
         return False
