@@ -208,12 +208,12 @@ class Checkpoint:
             tensors[f"random {device}"] = torch.get_device_module(device).get_rng_state(device)
         tensors.update({f"random {name}": one.get_state() for name, one in generators.items()})
         # The global one, legacy or not, is what other people's callbacks and collators draw from.
-        name, keys, *rest = np.random.get_state()  # noqa: NPY002
+        numpy_state: Any = np.random.get_state()  # noqa: NPY002
         state = {
             "groups": content["param_groups"],
             "scheduler": scheduler.state_dict(),
             "python": random.getstate(),
-            "numpy": [name, keys.tolist(), *rest],
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
         }
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         return Checkpoint(step, identity, tensors, json.loads(json.dumps(state)))

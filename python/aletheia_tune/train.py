@@ -621,7 +621,7 @@ class _Run(TrainerCallback):
         """Train from a checkpoint to the end."""
         named = self._named(self.adapters)
         with torch.no_grad():
-            torch._foreach_copy_(self.adapters, found.weights("adapter", named))
+            torch._foreach_copy_([*self.adapters], found.weights("adapter", named))
             self._before_update = [parameter.clone() for parameter in self.adapters]
             torch._foreach_copy_(self._before_update, found.weights("good", named))
         self.history = records(StepRecord, found.tensors["metrics history"])
