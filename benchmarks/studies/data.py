@@ -35,7 +35,7 @@ MODEL = Path("runs/demo-cache/SmolLM2-135M-Instruct")
 MINILM = STUDIES / "MiniLM-L6"
 SEED = 0
 HELD_OUT = 64
-HELD_OUT_REVIEWS = 512
+HELD_OUT_REVIEWS = 400
 # 8 windows of 512 tokens.
 PLAY_CHARACTERS = 14_000
 
