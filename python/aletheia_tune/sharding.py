@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from aletheia_tune.errors import UserError
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether this process may hold only a part of it."""
     return isinstance(tensor, DTensor)
 
