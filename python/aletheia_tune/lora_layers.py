@@ -62,11 +62,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _class_name(layer: nn.Module) -> str:
+def _class_name(layer: object) -> str:
     return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
 
 
-def is_lora_linear(layer: nn.Module) -> bool:
+def is_lora_linear(layer: object) -> bool:
     """Whether a module is PEFT's LoRA on a linear, its weight quantised or not."""
     return _class_name(layer) in [f"lora.{name}" for name in _LORA_LINEARS]
 

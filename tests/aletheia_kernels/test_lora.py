@@ -399,11 +399,11 @@ def test_a_weight_that_a_function_makes_is_made_again_and_not_saved():
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        (y,) = aletheia_kernels.lora_group(x, [make], [None], [lora_A], [lora_B], [0.5])
+        (y,) = lora_group(x, [make], [None], [lora_A], [lora_B], [0.5])
     assert len(made) == 1
     assert weight.shape not in saved
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert len(made) == 2
-    (expected,) = aletheia_kernels.lora_group(x, [weight], [None], [lora_A], [lora_B], [0.5])
+    (expected,) = lora_group(x, [weight], [None], [lora_A], [lora_B], [0.5])
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(dx, torch.autograd.grad(expected.square().sum(), x)[0])

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 import aletheia_kernels
 from aletheia_tune import quantised
 from aletheia_tune.cost import Batch, ModelShape, TimedPlan, timed_plans, uniform_of
+from aletheia_tune.data import load_examples
 from aletheia_tune.layers import linear_modules
 from aletheia_tune.patch import apply_kernels, restore
 from aletheia_tune.plan import uniform_plan
@@ -29,6 +31,7 @@ from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import cache_prefix
 from aletheia_tune.probe import probe_all
 from aletheia_tune.start import gradient_start
+from aletheia_tune.train import TrainConfig, fine_tune, load_model
 
 pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
@@ -357,3 +360,20 @@ def test_no_cached_prefix_of_a_layer_that_mixes_examples(load, tmp_path):
     assert reason == (
         "model.layers.0.self_attn.q_proj in the prefix is a Linear8bitLt, whose rounding mixes examples"
     )
+
+
+def test_a_directory_that_was_saved_quantised_is_loaded_and_trained(
+    tiny_model_dir, train_file, eval_file, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.float32, quantization_config=SCHEMES["nf4"]()
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model", "float32")
+    examples, held_out = load_examples(train_file, tokenizer), load_examples(eval_file, tokenizer)
+    config = TrainConfig(steps=6, learning_rate=1e-2, warmup=0, dtype="float32", progress=False)
+    plan = uniform_plan(model, rank=2)
+    result = fine_tune(model, tokenizer, examples, held_out, plan, config, tmp_path / "out")
+    assert result.eval_loss_after < result.eval_loss_before
