@@ -231,8 +231,8 @@ def lora_group(
 
     Args:
         x: [..., in], floating.
-        weights: per projection [out_i, in] in x's dtype, frozen; or a function that makes it, called in the forward and again
-            in the backward pass, so that nothing of what it makes is kept.
+        weights: per projection [out_i, in] in x's dtype, frozen; or a function that makes it, called in the forward
+            and again in the backward pass, so that nothing of what it makes is kept.
         biases: per projection [out_i] in x's dtype, or None.
         lora_As: per projection [r_i, in], x's dtype or wider; rounded to x's dtype for the products.
         lora_Bs: per projection [out_i, r_i], likewise.
