@@ -15,7 +15,14 @@ from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 from aletheia_kernels.dtypes import accumulation_dtype
 from aletheia_kernels.eager import eager_function, is_eager
-from aletheia_kernels.lora import check_counts, check_projections
+from aletheia_kernels.lora import (
+    Weight,
+    check_counts,
+    check_projections,
+    held_weights,
+    made_weights,
+    weights_again,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -95,7 +102,8 @@ def _(dy, x, gate, up, h, weights, lora_As, lora_Bs, scalings, activation, needs
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weights, biases, lora_As, lora_Bs, ctx.scalings, ctx.activation = inputs
     _y, gate, up, h = output
-    ctx.save_for_backward(x, gate, up, h, *weights, *lora_As, *lora_Bs)
+    saved, ctx.makers = held_weights(weights)
+    ctx.save_for_backward(x, gate, up, h, *saved, *lora_As, *lora_Bs)
     ctx.set_materialize_grads(False)
     # torch.library wants a list of gradients for a list of tensors, but one gradient for a list that holds a None.
     ctx.no_dbias = None if any(b is None for b in biases) else [None] * 3
@@ -105,11 +113,11 @@ def _gradients(
     ctx: Any, backward: Any, dy: Tensor | None
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     x, gate, up, h, *rest = ctx.saved_tensors
-    needs_dx = ctx.needs_input_grad[0]
+    needs_dx, weights = ctx.needs_input_grad[0], weights_again(rest[:3], ctx.makers)
     if dy is None:
-        dy = x.new_zeros(x.shape[0], rest[2].shape[0])
+        dy = x.new_zeros(x.shape[0], weights[2].shape[0])
     dx, dAs, dBs = backward(
-        dy, x, gate, up, h, rest[:3], rest[3:6], rest[6:], ctx.scalings, ctx.activation, needs_dx
+        dy, x, gate, up, h, weights, rest[3:6], rest[6:], ctx.scalings, ctx.activation, needs_dx
     )
     return dx if needs_dx else None, dAs, dBs
 
@@ -128,7 +136,8 @@ def _listed(x, scalings, activation, *tensors):
 
 
 def _flat_forward(*flat: Any) -> tuple[Tensor, ...]:
-    return tuple(_forward(*_listed(*flat)))
+    x, weights, *rest = _listed(*flat)
+    return tuple(_forward(x, made_weights(weights), *rest))
 
 
 def _flat_setup_context(ctx: Any, flat: tuple, output: tuple) -> None:
@@ -145,7 +154,7 @@ _eager = eager_function(_flat_forward, _flat_setup_context, _flat_gradients)
 
 def lora_gated_mlp(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
@@ -160,7 +169,8 @@ def lora_gated_mlp(
 
     Args:
         x: [..., in], floating.
-        weights: of gate [width, in], up [width, in] and down [out, width], in x's dtype, frozen.
+        weights: of gate [width, in], up [width, in] and down [out, width], in x's dtype, frozen; or functions that make
+            them, as :func:`aletheia_kernels.lora_group` takes them.
         biases: of each [out_i] in x's dtype, frozen, or None.
         lora_As: of each [r_i, in_i], x's dtype or wider; rounded to x's dtype for the products.
         lora_Bs: of each [out_i, r_i], likewise.
@@ -174,16 +184,23 @@ def lora_gated_mlp(
         RuntimeError: shapes, dtypes or devices that do not fit, or a weight or bias that requires a gradient.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *biases)):
+    given = [weight for weight in weights if isinstance(weight, Tensor)]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, *biases)):
         raise RuntimeError(
             "weights and biases: expected frozen ones; lora_gated_mlp computes no gradient for them"
         )
     flat = x.reshape(-1, x.shape[-1])
-    if is_eager(x, *weights, *lora_As, *lora_Bs):
+    if is_eager(x, *given, *lora_As, *lora_Bs):
         _check_three(weights, biases, lora_As, lora_Bs, scalings)
         y = _eager(flat, list(scalings), activation, *weights, *biases, *lora_As, *lora_Bs)[0]
     else:
         y = _lora_gated_mlp(
-            flat, list(weights), list(biases), list(lora_As), list(lora_Bs), list(scalings), activation
+            flat,
+            made_weights(weights),
+            list(biases),
+            list(lora_As),
+            list(lora_Bs),
+            list(scalings),
+            activation,
         )[0]
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -5,7 +5,7 @@ The mathematics stands in :mod:`aletheia_kernels.reference.lora`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,32 @@ from aletheia_kernels.backends import implementation
 from aletheia_kernels.dtypes import accumulation_dtype
 from aletheia_kernels.eager import eager_function, is_eager
 
+Weight = Tensor | Callable[[], Tensor]
+
+
+def made_weights(weights: Sequence[Weight]) -> list[Tensor]:
+    """The weights as tensors: those that are given as a function are made."""
+    return [weight if isinstance(weight, Tensor) else weight() for weight in weights]
+
+
+def held_weights(weights: Sequence[Weight]) -> tuple[list[Tensor | None], list[Weight | None]]:
+    """What of the weights autograd saves, and what makes the rest again."""
+    return (
+        [weight if isinstance(weight, Tensor) else None for weight in weights],
+        [None if isinstance(weight, Tensor) else weight for weight in weights],
+    )
+
+
+def weights_again(saved: Sequence[Tensor | None], makers: Sequence[Weight | None]) -> list[Tensor]:
+    """The weights for the backward pass, from what :func:`held_weights` gave."""
+    return made_weights(
+        [s if m is None else m for s, m in zip(saved, makers, strict=True)]  # type: ignore[misc]
+    )
+
 
 # Plain comparisons: torch._check costs a microsecond each, and an eager call has some twenty.
 def check_counts(
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
@@ -134,7 +156,8 @@ def _(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout_p, seed, needs_dx)
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed = inputs
     _ys, h = output
-    ctx.save_for_backward(x, h, seed, *weights, *lora_As, *lora_Bs)
+    saved, ctx.makers = held_weights(weights)
+    ctx.save_for_backward(x, h, seed, *saved, *lora_As, *lora_Bs)
     ctx.count = len(weights)
     ctx.scalings = scalings
     ctx.dropout_p = dropout_p
@@ -148,7 +171,7 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     x, h, seed, *rest = ctx.saved_tensors
     n, needs_dx = ctx.count, ctx.needs_input_grad[0]
-    weights, lora_As, lora_Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
+    weights, lora_As, lora_Bs = weights_again(rest[:n], ctx.makers), rest[n : 2 * n], rest[2 * n :]
     dys = [
         x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy
         for dy, weight in zip(dys, weights, strict=True)
@@ -173,7 +196,8 @@ def _listed(x, scalings, dropout_p, seed, *tensors):
 
 
 def _flat_forward(*flat: Any) -> tuple[Tensor, ...]:
-    ys, h = _forward(*_listed(*flat))
+    x, weights, *rest = _listed(*flat)
+    ys, h = _forward(x, made_weights(weights), *rest)
     return *ys, h
 
 
@@ -191,7 +215,7 @@ _eager = eager_function(_flat_forward, _flat_setup_context, _flat_gradients)
 
 def lora_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
@@ -207,7 +231,8 @@ def lora_group(
 
     Args:
         x: [..., in], floating.
-        weights: per projection [out_i, in] in x's dtype, frozen.
+        weights: per projection [out_i, in] in x's dtype, frozen; or a function that makes it, called in the forward
+            and again in the backward pass, so that nothing of what it makes is kept.
         biases: per projection [out_i] in x's dtype, or None.
         lora_As: per projection [r_i, in], x's dtype or wider; rounded to x's dtype for the products.
         lora_Bs: per projection [out_i, r_i], likewise.
@@ -224,19 +249,27 @@ def lora_group(
             that requires a gradient.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+    given = [weight for weight in weights if isinstance(weight, Tensor)]
+    if torch.is_grad_enabled() and any(w.requires_grad for w in given):
         raise RuntimeError("weights: expected frozen weights; lora_group computes no gradient for them")
     # A trained bias is added outside, where autograd knows its gradient; a frozen one rides in the base product.
     trained = [b is not None and b.requires_grad for b in biases]
     frozen_biases = [None if train else b for train, b in zip(trained, biases, strict=True)]
     flat = x.reshape(-1, x.shape[-1])
     seed = seed if dropout_p > 0.0 else None
-    if is_eager(x, *weights, *lora_As, *lora_Bs):
+    if is_eager(x, *given, *lora_As, *lora_Bs):
         check_counts(weights, biases, lora_As, lora_Bs, scalings)
         ys = _eager(flat, list(scalings), dropout_p, seed, *weights, *frozen_biases, *lora_As, *lora_Bs)[:-1]
     else:
         ys, _ = _lora_group(
-            flat, list(weights), frozen_biases, list(lora_As), list(lora_Bs), list(scalings), dropout_p, seed
+            flat,
+            made_weights(weights),
+            frozen_biases,
+            list(lora_As),
+            list(lora_Bs),
+            list(scalings),
+            dropout_p,
+            seed,
         )
     outputs = []
     for y, bias, train in zip(ys, biases, trained, strict=True):

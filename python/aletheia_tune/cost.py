@@ -46,6 +46,7 @@ from aletheia_tune.kernels import use_kernels
 from aletheia_tune.layers import bare_model, find_layers, kind_of, linears
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.prefix import cut_prefix
+from aletheia_tune.quantised import stored_bytes, stored_parameters
 
 FORMAT = "aletheia-cost"
 VERSION = 1
@@ -146,7 +147,7 @@ class ModelShape:
             len(layers.layers),
             layers.path,
             heads * (getattr(config, "head_dim", None) or (hidden // heads if heads else 0)),
-            sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+            stored_bytes(model),
         )
 
     def forward_flops(self, batch: Batch) -> list[float]:
@@ -497,7 +498,11 @@ class TimedPlan:
         undo.enter_context(use_kernels(self._model, example_inputs=example))
         self._batch = batch
         self._adapters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._frozen = {tensor.untyped_storage().data_ptr() for tensor in self._model.parameters()}
+        self._frozen = {
+            tensor.untyped_storage().data_ptr()
+            for module in self._model.modules()
+            for tensor in stored_parameters(module).values()
+        }
         self._optimizer = torch.optim.AdamW(self._adapters, lr=1e-4, weight_decay=0.0, fused=True)
         layers = find_layers(self._model).layers
         self._marks = [0.0, 0.0]

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
+from aletheia_tune.quantised import scheme_of
+
 # ‖W_i‖² by row of weights and the version they are of. Keyed by the tensor object, which holds no reference to it.
 _row_norms_sq_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -32,6 +34,8 @@ def dora_reason(layer: Any, adapter_name: str) -> str | None:
     """Why a DoRA is not computed here; None when it is."""
     if isinstance(layer.get_base_layer(), Conv1D):
         return "the adapter is a DoRA on a Conv1D"
+    if scheme_of(layer.get_base_layer()) is not None:
+        return "the adapter is a DoRA on a quantised weight"
     dropout = layer.lora_dropout[adapter_name]
     if isinstance(dropout, nn.Dropout) and dropout.p > 0.0:
         return "the adapter is a DoRA with dropout, which adds two different inputs' products"

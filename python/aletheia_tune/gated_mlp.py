@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 import aletheia_kernels
 from aletheia_kernels.gated_mlp import ACTIVATIONS
 from aletheia_tune.dora import is_dora
+from aletheia_tune.layers import linear_shape
 from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
     dropout_p,
     is_hooked,
+    is_lora_linear,
     serves,
     structural_reason,
 )
+from aletheia_tune.quantised import bias_of, product_dtype, scheme_of, unknown_quantisation, weight_of
 
 # The names under which transformers' models keep down(act(gate(x)) ⊙ up(x)).
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -38,12 +40,18 @@ def _activation(act: Any) -> str | None:
 
 
 def _is_projection(layer: Any) -> bool:
-    return type(layer) is nn.Linear or (
-        type(layer) is LoraLinear
-        and type(layer.base_layer) is nn.Linear
-        and structural_reason(layer) is None
-        and not layer.lora_variant
-    )
+    adapted = is_lora_linear(layer)
+    if adapted and (structural_reason(layer) is not None or layer.lora_variant):
+        return False
+    base = layer.base_layer if adapted else layer
+    return scheme_of(base) is not None or (type(base) is nn.Linear and unknown_quantisation(base) is None)
+
+
+def _input_dtype(projection: Any) -> torch.dtype | None:
+    """A dtype that a projection may be tried in; None of one that has yet to see what it will compute in."""
+    if scheme_of(projection) is None or projection.weight.is_floating_point():
+        return projection.weight.dtype
+    return getattr(projection, "compute_dtype", torch.float32)
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -57,13 +65,14 @@ def activation_of(module: nn.Module) -> str | None:
     if not callable(act) or not all(_is_projection(part) for part in parts):
         return None
     gate, up = (getattr(part, "base_layer", part) for part in parts[:2])
-    if gate.weight.shape != up.weight.shape or gate.weight.device.type == "meta":
+    dtype = _input_dtype(gate)
+    if linear_shape(gate) != linear_shape(up) or gate.weight.device.type == "meta" or dtype is None:
         return None
     activation = _activation(act)
     if activation is None or isinstance(module.__dict__.get("forward"), Replacement):
         return activation
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, gate.weight.shape[1], generator=generator).to(gate.weight)
+    x = torch.randn(3, gate.in_features, generator=generator).to(gate.weight.device, dtype)
     try:
         with torch.no_grad():
             composed = parts[2](act(parts[0](x)) * parts[1](x))
@@ -78,6 +87,8 @@ class GatedMlpForward(Replacement):
     def __init__(self, module: nn.Module, activation: str) -> None:
         super().__init__(module)
         self.activation = activation
+        parts = (getattr(module, name) for name in PARTS)
+        self.quantised = any(scheme_of(getattr(part, "base_layer", part)) is not None for part in parts)
 
     def _projection(self, layer: Any, x: Tensor) -> tuple[Any, ...] | None:
         """weight, bias, A, B and scaling of a projection that the operator may compute; None when it may not."""
@@ -86,7 +97,7 @@ class GatedMlpForward(Replacement):
         forward = layer.__dict__.get("forward")
         if forward is not None and not isinstance(forward, Replacement):
             return None
-        if type(layer) is LoraLinear:
+        if is_lora_linear(layer):
             if not serves(layer, x) or dropout_p(layer) > 0.0:
                 return None
             base, name = layer.base_layer, active_adapter(layer)
@@ -94,22 +105,29 @@ class GatedMlpForward(Replacement):
                 return None
             adapter = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
         else:
-            base, weight = layer, layer.weight
-            if torch.is_autocast_enabled(x.device.type) or weight.dtype != x.dtype:
+            base = layer
+            if torch.is_autocast_enabled(x.device.type):
                 return None
-            adapter = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0), 0.0
+            adapter = x.new_empty(0, base.in_features), x.new_empty(base.out_features, 0), 0.0
+        dtype = product_dtype(base, x)
+        # Between quantised projections the activations are in x's dtype: a product in another is left to them.
+        if dtype is None or (dtype != x.dtype and scheme_of(base) is not None):
+            return None
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return None
-        return base.weight, base.bias, *adapter
+        return dtype, weight_of(base, dtype), bias_of(base, dtype), *adapter
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = [] if args or kwargs else [self._projection(getattr(self.module, name), x) for name in PARTS]
+        # A compiled graph would keep the dequantised weight for its backward pass.
+        left = self.quantised and torch.compiler.is_compiling()
+        names = () if args or kwargs or left else PARTS
+        parts = [self._projection(getattr(self.module, name), x) for name in names]
         known = [part for part in parts if part is not None]
         if len(known) < len(PARTS):
             return self.original(x, *args, **kwargs)
-        weights, biases, lora_As, lora_Bs, scalings = (list(column) for column in zip(*known, strict=True))
+        dtypes, weights, biases, lora_As, lora_Bs, scalings = (list(c) for c in zip(*known, strict=True))
         return aletheia_kernels.lora_gated_mlp(
-            x.to(weights[0].dtype), weights, biases, lora_As, lora_Bs, scalings, activation=self.activation
+            x.to(dtypes[0]), weights, biases, lora_As, lora_Bs, scalings, activation=self.activation
         )
 
 

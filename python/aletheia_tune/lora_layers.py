@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from aletheia_tune.dora import dora_reason, is_dora
+from aletheia_tune.quantised import product_dtype, scheme_of, unknown_quantisation
+
+# Of a linear with a plain weight and with a quantised one; by name, since PEFT's own modules import the libraries.
+_LORA_LINEARS = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 from aletheia_tune.sharding import is_sharded
 
 
@@ -59,12 +63,25 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def structural_reason(layer: nn.Module) -> str | None:
+def _class_name(layer: object) -> str:
+    return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+
+
+def is_lora_linear(layer: object) -> bool:
+    """Whether a module is PEFT's LoRA on a linear, its weight quantised or not."""
+    return _class_name(layer) in [f"lora.{name}" for name in _LORA_LINEARS]
+
+
+def structural_reason(layer: Any) -> str | None:
     """Why a layer can never run on the operator while it is built as it is; None when it can."""
-    if type(layer) is not LoraLinear:
-        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no operator"
+    if not is_lora_linear(layer):
+        return f"{_class_name(layer)} has no operator"
     base = layer.get_base_layer()
-    if isinstance(layer.base_layer, LoraLayer) or not _computes_a_linear(base):
+    if isinstance(layer.base_layer, LoraLayer):
+        return f"its base layer is a {type(base).__name__}"
+    if (quantised := unknown_quantisation(base)) is not None:
+        return f"its base layer multiplies by more than a dequantised weight ({quantised})"
+    if scheme_of(base) is None and not _computes_a_linear(base):
         return f"its base layer is a {type(base).__name__}"
     return None
 
@@ -141,14 +158,11 @@ def active_adapter(layer: LoraLayer) -> str:
 
 
 def serves(layer: LoraLinear, x: Tensor) -> bool:
-    """Whether the operator computes this call: the state allows it and x has, or is cast to, the weight's dtype."""
+    """Whether the operator computes this call: the state allows it and x has, or is cast to, the product's dtype."""
     if state_reason(layer) is not None or not x.is_floating_point() or dropout_p(layer) >= 1.0:
         return False
     base: Any = layer.base_layer
-    weight: Tensor = base.weight
-    if is_sharded(weight):
+    if is_sharded(base.weight):
         # A sibling that was given to fully_shard by itself: its weights are there in its own call alone.
         return False
-    if torch.is_autocast_enabled(x.device.type):
-        return weight.dtype == torch.get_autocast_dtype(x.device.type)
-    return weight.dtype == x.dtype
+    return product_dtype(base, x) is not None

@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import aletheia_kernels
 from aletheia_tune.dora import is_dora, magnitude_over_norm
@@ -34,6 +33,7 @@ from aletheia_tune.lora_layers import (
     structural_reason,
     undisturbed,
 )
+from aletheia_tune.quantised import bias_of, product_dtype, scheme_of, weight_of
 from aletheia_tune.sharding import require_whole
 
 
@@ -81,10 +81,12 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
         # Drawn from the default generator, as dropout itself would: checkpointing that restores it repeats the mask.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     rescaled = [is_dora(layer, name) for layer, name in zip(layers, names, strict=True)]
+    dtype = product_dtype(bases[0], x)
+    assert dtype is not None
     outputs = aletheia_kernels.lora_group(
-        x.to(bases[0].weight.dtype),
-        [base.weight.T if isinstance(base, Conv1D) else base.weight for base in bases],
-        [None if dora else base.bias for base, dora in zip(bases, rescaled, strict=True)],
+        x.to(dtype),
+        [weight_of(base, dtype) for base in bases],
+        [None if dora else bias_of(base, dtype) for base, dora in zip(bases, rescaled, strict=True)],
         [lora_A.weight for lora_A, _ in adapters],
         [lora_B.weight for _, lora_B in adapters],
         [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)],
@@ -95,7 +97,8 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
         if rescaled[index]:
             y = outputs[index] * magnitude_over_norm(layer, name).to(x.dtype)
             outputs[index] = y if bases[index].bias is None else y + bases[index].bias
-    return outputs
+    # A quantised weight may be multiplied in another dtype than its input's, in which its output goes on.
+    return outputs if scheme_of(bases[0]) is None else [y.to(x.dtype) for y in outputs]
 
 
 @dataclass
@@ -123,11 +126,16 @@ class _Siblings:
             if not self.outputs:
                 self.source = None
             return output
-        probability = dropout_p(layer)
+        probability, dtype = dropout_p(layer), product_dtype(layer.base_layer, x)
         members = [
             other
             for other in self.layers
-            if other is layer or (serves(other, x) and dropout_p(other) == probability)
+            if other is layer
+            or (
+                serves(other, x)
+                and dropout_p(other) == probability
+                and product_dtype(other.base_layer, x) == dtype
+            )
         ]
         outputs = {id(member): y for member, y in zip(members, _compute(members, x), strict=True)}
         mine = outputs.pop(id(layer))
@@ -142,10 +150,13 @@ class _KernelForward(Replacement):
         super().__init__(layer)
         self.layer = layer
         self.siblings = siblings
+        self.quantised = scheme_of(layer.base_layer) is not None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
-        if args or kwargs or not serves(layer, x):
+        # A compiled graph would keep the dequantised weight for its backward pass.
+        left = self.quantised and torch.compiler.is_compiling()
+        if args or kwargs or left or not serves(layer, x):
             return self.original(x, *args, **kwargs)
         # A compiler sees the whole graph and would trip over outputs kept aside between calls.
         if self.siblings is None or torch.compiler.is_compiling():

@@ -35,6 +35,7 @@ from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model, find_layers
 from aletheia_tune.prefix import PrefixCut, parameters_above, replace_hidden_states
 from aletheia_tune.prefix_store import DIGEST_BYTES, RowStore, bytes_of
+from aletheia_tune.quantised import scheme_of, stored_parameters
 
 _FORMAT = 1
 # Settings that make a prefix depend on more than an example's tokens, or later layers on more than its output.
@@ -186,7 +187,7 @@ class _Prefix:
         self.tensors = {
             f"{name}.{key}": tensor
             for name, module in self.modules.items()
-            for key, tensor in (*module._parameters.items(), *module._buffers.items())
+            for key, tensor in (*stored_parameters(module).items(), *module._buffers.items())
             if tensor is not None and id(tensor) not in later
         }
 
@@ -210,6 +211,8 @@ class _Prefix:
                 if not is_dora(module, adapter):
                     return f"{name} in the prefix holds an adapter that is a {type(variant).__name__}"
         for name, module in self.modules.items():
+            if (scheme := scheme_of(module)) is not None and scheme.mixes_rows:
+                return f"{name} in the prefix is a {type(module).__name__}, whose rounding mixes examples"
             if getattr(module, "track_running_stats", False):
                 return f"{name} in the prefix tracks running statistics"
             for attribute, value in vars(module).items():

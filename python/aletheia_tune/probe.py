@@ -10,6 +10,9 @@ Every floating-point parameter tensor of every layer is accounted for exactly on
 Products are seen as they are called (:class:`torch.overrides.TorchFunctionMode`), so a linear, GPT-2's Conv1D, a router
 and the slices of a stacked MoE expert parameter are one case. A weight that is found to be used in another way, or in
 no way that can be seen, becomes ordinary and the batch's forward pass is run again: accounting stays exact.
+
+A quantised weight has no gradient of its own: what is accounted for is that of the weight it is dequantised to, from
+the x and dy of its linear, which is observed as a module.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from aletheia_tune.environment import peak_memory_mb
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import labelled_head
 from aletheia_tune.layers import bare_model, bare_modules, find_layers, kind_of, linears
+from aletheia_tune.quantised import scheme_of
 from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.scores.activation import Activation
 from aletheia_tune.scores.cka import Cka, Pooling
@@ -210,11 +214,35 @@ class _Products(TorchFunctionMode):
                 return as_stored
         return None
 
+    @contextmanager
+    def calls_of(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Observes the calls of linears, y = x Wᵀ, whose products are hidden, by the name of their weight."""
+
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            # Nothing under this product is trained, so no gradient would reach it.
+            graph = torch.is_grad_enabled() and not args[0].requires_grad
+            return (args[0].detach().requires_grad_(), *args[1:]) if graph else None
+
+        def after(name: str, _module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            if torch.is_grad_enabled():
+                self._observe_matrices(name, args[0], y, 0, None, x_first=False)
+
+        with ExitStack() as stack:
+            for name, module in modules.items():
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(partial(after, name)).remove)
+            yield
+
     def _observe(self, name: str, x: Tensor, weight: Tensor, y: Tensor, x_first: bool) -> None:
         root = _root(weight)
         first = (weight.storage_offset() - root.storage_offset()) // (root.shape[-2] * root.shape[-1])
-        stacked = weight.dim() == 3
-        experts = range(weight.shape[0]) if stacked else range(1)
+        self._observe_matrices(name, x, y, first, weight.shape[0] if weight.dim() == 3 else None, x_first)
+
+    def _observe_matrices(
+        self, name: str, x: Tensor, y: Tensor, first: int, stack: int | None, x_first: bool
+    ) -> None:
+        stacked = stack is not None
+        experts = range(1 if stack is None else stack)
         regions = [self._regions.setdefault((name, first + expert), _Region()) for expert in experts]
         for region in regions:
             region.calls += 1
@@ -290,14 +318,39 @@ def _as_found(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _layer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Floating-point parameters of the layers by bare name; one that is shared stands under its first name only."""
+    """Floating-point parameters and quantised weights of the layers by bare name; a shared one has its first only."""
     layers = find_layers(model)
     found: dict[nn.Parameter, str] = {}
     for module_name, module in bare_modules(layers.layers, layers.path):
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() or (
+                name == f"{module_name}.weight" and scheme_of(module) is not None
+            ):
                 found.setdefault(parameter, name)
     return {name: parameter for parameter, name in found.items()}
+
+
+def _quantised_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears of the layers whose weight is quantised, by the name of that."""
+    return {f"{each.name}.weight": module for each, module in linears(model) if scheme_of(module) is not None}
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights that are scored, by name; a quantised one is dequantised whenever it is looked up, and not kept."""
+
+    def __init__(self, plain: Mapping[str, Tensor], quantised: Mapping[str, nn.Module]) -> None:
+        self._plain, self._quantised = plain, quantised
+
+    def __getitem__(self, name: str) -> Tensor:
+        module = self._quantised.get(name)
+        scheme = None if module is None else scheme_of(module)
+        return self._plain[name] if scheme is None else scheme.dequantised(module, torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plain)
+
+    def __len__(self) -> int:
+        return len(self._plain)
 
 
 @contextmanager
@@ -385,12 +438,14 @@ class _Pass:
         self,
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
+        quantised: Mapping[str, nn.Module],
         sketch: _Sketch | None,
         gradients: Sequence[GradientObserver],
         forward: Sequence[ForwardObserver],
     ) -> None:
         self._model = model
         self._parameters = parameters
+        self._quantised = quantised
         self._sketch = sketch
         self._norms = _Norms(_exact if sketch is None else sketch.norm_sq)
         self._observers = [self._norms, *gradients]
@@ -398,14 +453,14 @@ class _Pass:
         self._watched = {
             name: parameter
             for name, parameter in parameters.items()
-            if parameter.dim() in (2, 3) and parameter.is_contiguous()
+            if name not in quantised and parameter.dim() in (2, 3) and parameter.is_contiguous()
         }
         self._hooks = ExitStack()
         self._first = True
         # Of the loss; None in dtypes that have float32's range.
         narrow = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         self.loss_scale = _FIRST_SCALE if narrow else None
-        for name in parameters.keys() - self._watched.keys():
+        for name in parameters.keys() - self._watched.keys() - quantised.keys():
             self._make_ordinary(name)
 
     def __enter__(self) -> _Pass:
@@ -433,7 +488,7 @@ class _Pass:
             for observer in self._forward_observers:
                 observer.begin(batch)
             products = _Products(self._watched, self._observers, self.loss_scale or 1.0)
-            with products, torch.enable_grad():
+            with products, products.calls_of(self._quantised), torch.enable_grad():
                 loss = self._model(**batch).loss
             unaccounted = products.elsewhere & self._watched.keys()
             if self._first:
@@ -628,12 +683,14 @@ def probe_all(
     parameters = _layer_parameters(model)
     layer_of = {name: int(name.removeprefix(f"{layers.path}.").split(".")[0]) for name in parameters}
     modules = _modules(model, parameters, layer_of)
-    weights = {name: parameters[name] for name, _ in modules.values()}
+    quantised = _quantised_linears(bare)
+    weights = _Weights({name: parameters[name] for name, _ in modules.values()}, quantised)
     collectors = _collectors(methods, weights, layer_of, len(layers.layers), rank, pooling, seed)
     gradients = [each for each in collectors.values() if isinstance(each, GradientObserver)]
     forward = [each for each in collectors.values() if isinstance(each, ForwardObserver)]
     # Without parameters to account for there is nothing to differentiate: the pass ends with the loss.
     accounted = {} if len(forward) == len(collectors) else parameters
+    observed = {name: module for name, module in quantised.items() if name in accounted}
     sketch = None if exact else _Sketch(sketch_columns, seed)
     device = next(bare.parameters()).device
     experts: dict[str, list[float]] = {
@@ -649,7 +706,7 @@ def probe_all(
             stack.enter_context(wrapper.disable_adapter())
         head = stack.enter_context(labelled_head(bare))
         stack.enter_context(_seen_forward(bare, modules, forward))
-        passes = stack.enter_context(_Pass(bare, accounted, sketch, gradients, forward))
+        passes = stack.enter_context(_Pass(bare, accounted, observed, sketch, gradients, forward))
         for number, given in enumerate(batches, start=1):
             batch = {
                 key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()
@@ -684,7 +741,9 @@ def probe_all(
         raise UserError("probe: no batches; give at least one")
     meta: dict[str, Any] = {
         "model": getattr(getattr(bare, "config", None), "_name_or_path", "") or type(bare).__name__,
-        "dtype": str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+        "dtype": str(next(p for p in bare.parameters() if p.is_floating_point()).dtype).removeprefix(
+            "torch."
+        ),
         "device": str(device),
         "batches": len(losses),
         "tokens": tokens,

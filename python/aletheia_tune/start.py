@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.layers import bare_model
-from aletheia_tune.lora_layers import undisturbed
+from aletheia_tune.lora_layers import is_lora_linear, undisturbed
 
 _OVERSAMPLING = 8
 
@@ -97,7 +96,7 @@ def gradient_start(
     for name, module in bare_model(model).named_modules():
         if not (isinstance(module, LoraLayer) and adapter_name in module.r):
             continue
-        if not isinstance(module, LoraLinear):
+        if not is_lora_linear(module):
             raise UserError(f"a start from the gradient serves linears only, not {name!r}: use init default")
         layer: Any = module
         rank = layer.r[adapter_name]

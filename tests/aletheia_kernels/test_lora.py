@@ -301,3 +301,25 @@ def test_an_unmet_wish_for_a_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("ALETHEIA_BACKEND", "tirton")
     with pytest.raises(BackendError, match="names no backend: use one of reference, cpu, triton"):
         lora_group(*args)
+
+
+def test_a_weight_that_a_function_makes_is_made_again_and_not_saved():
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, requires_grad=True)
+    weight, lora_A, lora_B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    made = []
+
+    def make() -> torch.Tensor:
+        made.append(weight.clone())
+        return made[-1]
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        (y,) = lora_group(x, [make], [None], [lora_A], [lora_B], [0.5])
+    assert len(made) == 1
+    assert weight.shape not in saved
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert len(made) == 2
+    (expected,) = lora_group(x, [weight], [None], [lora_A], [lora_B], [0.5])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected.square().sum(), x)[0])

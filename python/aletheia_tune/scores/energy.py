@@ -43,7 +43,7 @@ class Energy(Collector):
         rank: int,
         seed: int,
     ) -> None:
-        self._weights = dict(weights)
+        self._weights = tuple(weights)
         self._layer_of = dict(layer_of)
         self._num_layers = num_layers
         self._rank = rank

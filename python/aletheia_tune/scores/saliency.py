@@ -25,13 +25,14 @@ class Saliency(Collector):
 
     Args:
         weights: the weights of the linears and the stacked experts, by name: [rows, columns] or [experts, rows,
-            columns].
+            columns]; looked up each time that one is needed, so that quantised ones may be dequantised then.
         layer_of: their layers.
         num_layers: how many layers the model has.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], layer_of: Mapping[str, int], num_layers: int) -> None:
-        self._weights = dict(weights)
+        self._weights = weights
+        self._sizes = {name: weight.numel() for name, weight in weights.items()}
         self._layer_of = dict(layer_of)
         self._num_layers = num_layers
         self._sums: dict[str, list[Tensor]] = {}
@@ -68,8 +69,8 @@ class Saliency(Collector):
         """One batch is over."""
         self.batches.append(
             {
-                name: math.fsum(part.item() for part in self._sums.get(name, ())) / weight.numel()
-                for name, weight in self._weights.items()
+                name: math.fsum(part.item() for part in self._sums.get(name, ())) / size
+                for name, size in self._sizes.items()
             }
         )
         self.discard()
