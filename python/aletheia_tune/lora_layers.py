@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from aletheia_tune.dora import dora_reason, is_dora
 from aletheia_tune.quantised import product_dtype, scheme_of, unknown_quantisation
+from aletheia_tune.sharding import is_sharded
 
 # Of a linear with a plain weight and with a quantised one; by name, since PEFT's own modules import the libraries.
 _LORA_LINEARS = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
-from aletheia_tune.sharding import is_sharded
 
 
 @contextmanager
