@@ -17,9 +17,10 @@ from transformers.utils import logging
 
 from aletheia_tune.data import pad_token_id
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import bare_model
+from aletheia_tune.layers import bare_model, full_modules
 
 if TYPE_CHECKING:
+    from peft.utils import ModulesToSaveWrapper
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -42,6 +43,13 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, module in bare.named_children()
         if name != bare.base_model_prefix and any(True for _ in module.parameters())
     ]
+
+
+def full_beside_head(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """What PEFT trains in full (`layers.full_modules`), by name in ``model``, without a classifier's head."""
+    head = head_modules(model)
+    heads = [wrapper for name, wrapper in full_modules(bare_model(model)).items() if name in head]
+    return {name: wrapper for name, wrapper in full_modules(model).items() if wrapper not in heads}
 
 
 def class_of(model: nn.Module) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import aletheia_kernels
+from aletheia_tune.classification import full_beside_head
 from aletheia_tune.dora import is_dora, magnitude_over_norm
 from aletheia_tune.errors import UserError
 from aletheia_tune.experts import (
@@ -23,7 +24,6 @@ from aletheia_tune.experts import (
     find_experts,
 )
 from aletheia_tune.gated_mlp import PARTS, apply_gated_mlps
-from aletheia_tune.layers import full_modules
 from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
@@ -296,7 +296,7 @@ def apply_kernels(
         )
         for name in adapted
     ]
-    entries += [PatchEntry(name, "peft", "it is trained in full") for name in full_modules(model)]
+    entries += [PatchEntry(name, "peft", "it is trained in full") for name in full_beside_head(model)]
     return PatchReport(tuple(entries), tuple(notes))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from aletheia_tune.classification import head_modules
-from aletheia_tune.layers import bare_model, full_modules
+from aletheia_tune.classification import full_beside_head
+from aletheia_tune.layers import full_modules
 
 
 def parameter_groups(
@@ -24,10 +24,9 @@ def parameter_groups(
         lora_plus: of B, and of any adapter's vector, over that of A.
         full_rate: of the weights and biases in the layers that are trained in full, over that of A.
     """
-    head = head_modules(model)
-    wrappers = full_modules(bare_model(model)).items()
-    in_full = {id(p) for name, wrapper in wrappers if name not in head for p in wrapper.parameters()}
-    in_head = {id(p) for name, wrapper in wrappers if name in head for p in wrapper.parameters()}
+    in_layers = full_beside_head(model).values()
+    in_full = {id(p) for wrapper in in_layers for p in wrapper.parameters()}
+    in_head = {id(p) for wrapper in full_modules(model).values() for p in wrapper.parameters()} - in_full
     rates = {"A": 1.0, "B": lora_plus, "full": full_rate}
     groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in model.named_parameters():

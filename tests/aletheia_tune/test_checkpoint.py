@@ -96,7 +96,7 @@ def bits(out: Path) -> bytes:
 
 def measured(result: TrainResult) -> list[Any]:
     """Everything in the history and the evaluations but times."""
-    timeless = {"seconds": 0.0, "step_seconds": 0.0}
+    timeless = {"seconds": 0.0, "step_seconds": 0.0, "forward_seconds": 0.0, "backward_seconds": 0.0}
     history = [dataclasses.replace(record, **timeless) for record in result.history]
     return [*history, *(dataclasses.replace(record, seconds=0.0) for record in result.evals)]
 
