@@ -44,6 +44,8 @@ def _is_projection(layer: Any) -> bool:
     if adapted and (structural_reason(layer) is not None or layer.lora_variant):
         return False
     base = layer.base_layer if adapted else layer
+    if not isinstance(base, nn.Module):
+        return False
     return scheme_of(base) is not None or (type(base) is nn.Linear and unknown_quantisation(base) is None)
 
 
