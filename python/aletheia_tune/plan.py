@@ -305,7 +305,8 @@ class Plan:
         in_full = {
             name
             for name, wrapper in full_modules(bare_model(peft_model)).items()
-            if adapter_name in wrapper.modules_to_save and name.startswith(f"{self.layer_path}.")
+            # A classifier's head, trained whole whatever the plan, is a child of the model itself.
+            if adapter_name in wrapper.modules_to_save and "." in name
         }
         for name in sorted(in_full ^ set(self.full)):
             meant = "" if name in self.full else " too, whose name ends like one that the plan trains in full"

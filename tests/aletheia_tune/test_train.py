@@ -275,9 +275,10 @@ def test_a_start_from_the_gradient_counts_as_training_time(tune, tmp_path, monke
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     monkeypatch.setattr(train, "gradient_start", slow)
     result = tune(tmp_path / "out", dataclasses.replace(CONFIG, init="gradient"))
-    assert [record.seconds for record in result.evals] == [101.0, 107.0]
-    assert [record.seconds for record in result.history] == [102.0, 103.0, 104.0, 105.0, 106.0, 107.0]
-    assert [record.step_seconds for record in result.history] == [1.0] * 6
+    # A step looks at the clock four times between its begin and its end, for its forward and backward pass.
+    assert [record.seconds for record in result.evals] == [101.0, 131.0]
+    assert [record.seconds for record in result.history] == [106.0, 111.0, 116.0, 121.0, 126.0, 131.0]
+    assert [record.step_seconds for record in result.history] == [5.0] * 6
 
 
 def test_a_start_from_the_gradient_learns_faster_from_the_same_function_and_data(
@@ -401,9 +402,10 @@ def test_evaluation_is_in_no_time_of_training(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     monkeypatch.setattr(train, "held_out", slow)
     result = tune(tmp_path / "out", dataclasses.replace(CONFIG, eval_every=1))
-    assert [record.step_seconds for record in result.history] == [1.0] * 6
-    assert result.history[-1].seconds == 6.0
-    assert result.tokens_per_second == sum(record.tokens for record in result.history) / 6
+    # Four looks at the clock besides the one that ends it.
+    assert [record.step_seconds for record in result.history] == [5.0] * 6
+    assert result.history[-1].seconds == 30.0
+    assert result.tokens_per_second == sum(record.tokens for record in result.history) / 30
 
 
 def test_progress_off_a_terminal_is_plain_lines_on_stderr(tune, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -17,8 +18,12 @@ from typer.testing import CliRunner
 from aletheia_tune.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
+# Its libraries are imported by PEFT wherever they are installed, which takes seconds: it runs beside tests/quantised.
+QUANTISED = ROOT / "docs" / "how-to" / "quantised.md"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md")), *NOTEBOOKS]
+if importlib.util.find_spec("bitsandbytes") is None:
+    PAGES.remove(QUANTISED)
 # Python, and plain blocks of `aletheia` commands. What is marked as sh is for a reader: it takes a machine or an hour.
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torchao.quantization as torchao
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -32,9 +33,6 @@ from aletheia_tune.prefix_cache import cache_prefix
 from aletheia_tune.probe import probe_all
 from aletheia_tune.start import gradient_start
 from aletheia_tune.train import TrainConfig, fine_tune, load_model
-
-pytest.importorskip("bitsandbytes")
-torchao = pytest.importorskip("torchao.quantization")
 
 VOCABULARY, HIDDEN = 64, 64
 UPPER = r".*layers\.1\..*_proj"
