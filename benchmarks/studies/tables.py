@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from aletheia_tune import figures
+from aletheia_tune.environment import machine_facts
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "studies.md"
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+# A task whose rates are searched and whose seeds are not run.
+SEARCH = "aletheia-search"
 
 # Of the machine's description, what stands under a table.
 MACHINE = ("processor", "CPUs, threads", "torch")
@@ -33,10 +38,29 @@ Verdict = dict[str, Any]
 
 
 def keep(run: Path) -> Path:
-    """Copies a task's verdict, or a single race, to the results, without the report of each patched module."""
-    whole = (run / "verdict.json").is_file()
-    content = json.loads((run / ("verdict.json" if whole else "race.json")).read_text(encoding="utf-8"))
-    races = [race for of in content["races"].values() for race in of.values()] if whole else [content]
+    """Copies a task's verdict, a single race, or the search of rates of a task that has none yet, to the results.
+
+    The report of each patched module is left out.
+    """
+    found = [path for path in (run / "verdict.json", run / "race.json") if path.is_file()]
+    if found:
+        content = json.loads(found[0].read_text(encoding="utf-8"))
+    else:
+        searched = sorted(run.glob("rate-*/race.json"))
+        races = [json.loads(path.read_text(encoding="utf-8")) for path in searched]
+        facts = dict(machine_facts())
+        threads = races[0]["arms"][0]["training"]["config"]["threads"]
+        facts["CPUs, threads"] = f"{os.cpu_count()} logical CPUs, {threads} torch threads"
+        content = {
+            "format": SEARCH,
+            "machine": facts,
+            "races": {"search": dict(enumerate(races))},
+        }
+    races = (
+        [race for of in content["races"].values() for race in of.values()]
+        if "races" in content
+        else [content]
+    )
     for race in races:
         for arm in race["arms"]:
             if arm["training"]["patch_report"]:
@@ -187,9 +211,7 @@ def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
     rows = []
     for name in sorted(names(verdict), key=lambda name: statistics.fmean(map(loss, arms(verdict, name)))):
         runs = arms(verdict, name)
-        layers = sorted(
-            {int(found[1]) for module in runs[0]["plan"]["modules"] if (found := LAYER.search(module))}
-        )
+        layers = adapted_layers(runs[0])
         differences = [loss(mine) - loss(theirs) for mine, theirs in zip(runs, base, strict=True)]
         pace = statistics.median(
             record["step_seconds"] for run in runs for record in run["training"]["history"]
@@ -216,7 +238,41 @@ def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
     return table(header, rows)
 
 
+def search(content: dict[str, Any]) -> list[str]:
+    """One seed of every arm at each rate of its search: the best rate's run, and the losses at the others."""
+    runs: dict[str, dict[float, dict[str, Any]]] = {}
+    for race in content["races"]["search"].values():
+        (arm,) = race["arms"]
+        runs.setdefault(arm["name"], {})[arm["training"]["config"]["learning_rate"]] = arm
+    rows = []
+    for name, by_rate in sorted(runs.items(), key=lambda item: min(map(loss, item[1].values()))):
+        best = min(by_rate, key=lambda rate: loss(by_rate[rate]))
+        arm = by_rate[best]
+        rows.append(
+            (
+                name,
+                " ".join(_ranges(adapted_layers(arm))),
+                f"{best:g}",
+                f"{loss(arm):.4f}",
+                f"{accuracy(arm):.3f}",
+                ", ".join(f"{loss(by_rate[rate]):.4f}" for rate in sorted(by_rate)),
+                f"{arm['plan_seconds']:.1f}",
+                f"{statistics.median(record['step_seconds'] for record in arm['training']['history']):.3f}",
+            )
+        )
+    rates = ", ".join(f"{rate:g}" for rate in sorted(next(iter(runs.values()))))
+    header = (
+        "layers chosen by", "which", "best rate", "held-out loss", "accuracy", f"loss at {rates}", "probe s",
+        "s a step",
+    )  # fmt: skip
+    return table(header, rows)
+
+
 LAYER = re.compile(r"\.(\d+)\.")
+
+
+def adapted_layers(arm: dict[str, Any]) -> list[int]:
+    return sorted({int(found[1]) for module in arm["plan"]["modules"] if (found := LAYER.search(module))})
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
@@ -237,6 +293,8 @@ def write_tables() -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] == "aletheia-race":
             lines = one_race(content)
+        elif content["format"] == SEARCH:
+            lines = search(content)
         elif path.stem.startswith("selection"):
             lines = selection(content)
         else:
