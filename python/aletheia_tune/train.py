@@ -9,6 +9,7 @@ import math
 import os
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -602,15 +603,17 @@ def fine_tune(
             progress.console.print(keeper.says(), highlight=False, soft_wrap=True)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        trainer = _trainer(run, train_examples, directory, [*callbacks, run, progress])
-        kernels: KernelsInUse | None = None
-        cut = cut_prefix(peft_model)
-        cache: PrefixCache | None = None
-        keep: Callable[[PrefixCut], PrefixCache] | None = None
-        shrinking: Shrinking | None = None
-        if config.init == "gradient" and keeper.found is None:
-            run.start_from_gradient(train_examples)
         with contextlib.ExitStack() as undo:
+            trainer = undo.enter_context(
+                _trainer(run, train_examples, directory, [*callbacks, run, progress])
+            )
+            kernels: KernelsInUse | None = None
+            cut = cut_prefix(peft_model)
+            cache: PrefixCache | None = None
+            keep: Callable[[PrefixCut], PrefixCache] | None = None
+            shrinking: Shrinking | None = None
+            if config.init == "gradient" and keeper.found is None:
+                run.start_from_gradient(train_examples)
             undo.callback(cut.remove)
             undo.callback(progress.close)
             if config.adapter_dtype == "float32":
@@ -1004,8 +1007,32 @@ class _ShowProgress(TrainerCallback):
             self.bar.stop()
 
 
+# Of this process, now. Accelerate keeps one state for all of them, and a Trainer empties it when it is made: the others
+# would find nothing there. So the first makes it, and whoever comes while that one trains takes it as it is.
+_TRAINING: list[Trainer] = []
+_MAKING = threading.Lock()
+
+
+@contextlib.contextmanager
 def _trainer(
     run: _Run, train_examples: Sequence[Example], directory: Path, callbacks: list[TrainerCallback]
+) -> Iterator[_Trainer]:
+    with _MAKING:
+        trainer = _made(run, train_examples, directory, callbacks, take_state=bool(_TRAINING))
+        _TRAINING.append(trainer)
+    try:
+        yield trainer
+    finally:
+        _TRAINING.remove(trainer)
+
+
+def _made(
+    run: _Run,
+    train_examples: Sequence[Example],
+    directory: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    take_state: bool,
 ) -> _Trainer:
     config = run.config
     arguments = TrainingArguments(
@@ -1032,6 +1059,7 @@ def _trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"use_configured_state": take_state},
     )
     trainer = _Trainer(
         model=run.model,
