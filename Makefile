@@ -17,7 +17,7 @@ SANITIZED := build/sanitized
 # Of their own: PEFT and transformers import these wherever they find them, and every command would wait for that.
 QUANTISED := .venv/quantised
 
-.PHONY: run test test-gpu mutations bench parity sanitize fuzz kill-test soak screenshots install clean
+.PHONY: run test test-package test-kernels test-gpu mutations bench parity sanitize fuzz kill-test soak screenshots install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -26,13 +26,19 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory -j 2 --output-sync=line test-package test-kernels
+
+# Mostly one thread each, so two cores run both at once.
+test-package:
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/quantised \
 	  "tests/examples/test_docs.py::test_the_blocks_of_a_page_run_in_their_order[quantised]"
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds 20
+
+test-kernels:
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/triton/operators
 	$(BIN)/python -m pytest tests/triton/ahead_of_time
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/contract
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds 20
 
 # Triton reads TRITON_INTERPRET when it defines a kernel: each way to run them is a process of its own.
 test-gpu: install
