@@ -26,7 +26,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) --no-print-directory -j 2 --output-sync=line test-package test-kernels
+	$(MAKE) --no-print-directory -j 2 test-package test-kernels
 
 # Mostly one thread each, so two cores run both at once.
 test-package:
