@@ -16,7 +16,7 @@ namespace aletheia {
 namespace fused {
 
 // Whether the instruction set in use has the functions below, and they pay for x of this dtype and number of rows.
-bool serves(const at::Tensor& x);
+bool serves(const at::Tensor& x, at::TensorList weights);
 
 // As lora_group_forward and lora_group_backward of operators.h, which see.
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(

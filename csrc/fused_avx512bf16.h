@@ -17,11 +17,21 @@ constexpr int64_t kTokens = 64;  // tokens interleaved at a time: a few thousand
 inline at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 // W as the B of x Wᵀ (forward) and of dy W (backward), whichever way it lies in memory.
-inline PackedB forward_weight(const at::Tensor& w) {
-  return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kRows) : PackedB(with_unit_columns(w), Packing::kColumns);
+inline PackedB forward_weight(const at::Tensor& w, When when) {
+  return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kRows, when)
+                                              : PackedB(with_unit_columns(w), Packing::kColumns, when);
 }
-inline PackedB backward_weight(const at::Tensor& w) {
-  return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kColumns) : PackedB(with_unit_columns(w), Packing::kRows);
+inline PackedB backward_weight(const at::Tensor& w, When when) {
+  return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kColumns, when)
+                                              : PackedB(with_unit_columns(w), Packing::kRows, when);
+}
+inline When when_to_pack(int64_t rows, at::TensorList weights) {
+  int64_t columns = 0, elements = 0;
+  for (const at::Tensor& w : weights) {
+    columns = std::max(columns, std::min(w.size(0), w.size(1)));
+    elements += w.numel();
+  }
+  return when_to_pack(rows, columns, elements);
 }
 
 // Float32 or bfloat16 with unit columns, all alike.
@@ -303,6 +313,9 @@ class Columns {
   Scratch<bf16> left_;
   Scratch<uint16_t> panels_;
 };
+
+// Null where there is none, from column `first` on.
+inline const float* from(const Scratch<float>& bias, int64_t first) { return bias.data() ? bias.data() + first : nullptr; }
 
 inline Scratch<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t outer) {
   if (!bias.has_value()) return {};

@@ -1,5 +1,5 @@
 // Gated MLP, a block of rows from x to y and from dy to dx: the product act(gate) ⊙ up, dgate and dup never leave the
-// cache (mathematics: aletheia_kernels/reference/gated_mlp.py).
+// cache; or, where the weights are wide, all rows a stage at a time (mathematics: aletheia_kernels/reference/gated_mlp.py).
 #include "fused_avx512bf16.h"
 
 #ifdef ALETHEIA_AVX512BF16
@@ -142,8 +142,9 @@ template <Activation kActivation>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const Mlp& mlp) {
   const auto& [in, mid, tokens, hidden, width, out, ranks] = mlp;
-  const PackedB w_gate = forward_weight(weights[0]), w_up = forward_weight(weights[1]),
-                w_down = forward_weight(weights[2]);
+  const When when = when_to_pack(tokens, weights);
+  const PackedB w_gate = forward_weight(weights[0], when), w_up = forward_weight(weights[1], when),
+                w_down = forward_weight(weights[2], when);
   const PackedB shrink_in = in.stacked_A(Packing::kColumns), shrink_mid = mid.stacked_A(Packing::kColumns);
   const PackedB expand_gate = in.B(0, Packing::kColumns), expand_up = in.B(1, Packing::kColumns),
                 expand_down = mid.B(0, Packing::kColumns);
@@ -160,26 +161,62 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   bf16* const up_data = up.mutable_data_ptr<bf16>();
   float* const h_data = h.mutable_data_ptr<float>();
   const int64_t ld = x.stride(0);
-  Blocks(tokens, rows_in_cache(hidden)).each([&](int64_t, bool, int64_t first, int64_t count) {
-    const bf16* rows = x_data + first * ld;
-    bf16* const gate_rows = gate_data + first * width;
-    bf16* const up_rows = up_data + first * width;
-    float* const h_rows = h_data + first * ranks;
-    const Scratch<bf16> scaled(count * ranks), product(count * width);
-    const Piece shrunk{rows, ld, shrink_in.panels()};
-    block_product(&shrunk, 1, count, in.ranks, nullptr, store_float(h_rows, ranks));
-    in.scale(h_rows, ranks, count, scaled.data());
-    const Piece to_gate[]{{rows, ld, w_gate.panels()}, {scaled.data(), in.ranks, expand_gate.panels()}};
-    block_product(to_gate, 2, count, width, starts[0].data(), store_bfloat16(gate_rows, width));
-    const Piece to_up[]{{rows, ld, w_up.panels()}, {scaled.data() + in.offsets[1], in.ranks, expand_up.panels()}};
-    bf16* const target = product.data();
-    block_product(to_up, 2, count, width, starts[1].data(), IntoUpAndProduct<kActivation>{gate_rows, up_rows, target, width});
-    const Piece shrunk_again{target, width, shrink_mid.panels()};
-    block_product(&shrunk_again, 1, count, mid.ranks, nullptr, store_float(h_rows + in.ranks, ranks));
-    mid.scale(h_rows + in.ranks, ranks, count, scaled.data());
-    const Piece to_y[]{{target, width, w_down.panels()}, {scaled.data(), mid.ranks, expand_down.panels()}};
-    block_product(to_y, 2, count, out, starts[2].data(), store_bfloat16(y_data + first * out, out));
-  });
+  // Of the rows from `first` on; scaled and product hold no others.
+  const auto to_h_in = [&](int64_t first, int64_t count, bf16* scaled) {
+    const Piece shrunk{x_data + first * ld, ld, shrink_in.panels()};
+    block_product(&shrunk, 1, count, in.ranks, nullptr, store_float(h_data + first * ranks, ranks));
+    in.scale(h_data + first * ranks, ranks, count, scaled);
+  };
+  const auto to_product = [&](int64_t first, int64_t count, const bf16* scaled, bf16* product, Window& window) {
+    const bf16* const rows = x_data + first * ld;
+    const int64_t at = first * width + window.first;
+    bf16* const gate_rows = gate_data + at;
+    const Piece to_gate[]{{rows, ld, w_gate.panels(window)}, {scaled, in.ranks, expand_gate.panels(window)}};
+    block_product(
+        to_gate, 2, count, window.count, from(starts[0], window.first), store_bfloat16(gate_rows, width));
+    const Piece to_up[]{
+        {rows, ld, w_up.panels(window)}, {scaled + in.offsets[1], in.ranks, expand_up.panels(window)}};
+    block_product(
+        to_up, 2, count, window.count, from(starts[1], window.first),
+        IntoUpAndProduct<kActivation>{gate_rows, up_data + at, product + window.first, width});
+  };
+  const auto to_h_mid = [&](int64_t first, int64_t count, const bf16* product, bf16* scaled) {
+    float* const h_rows = h_data + first * ranks + in.ranks;
+    const Piece shrunk{product, width, shrink_mid.panels()};
+    block_product(&shrunk, 1, count, mid.ranks, nullptr, store_float(h_rows, ranks));
+    mid.scale(h_rows, ranks, count, scaled);
+  };
+  const auto to_y = [&](int64_t first, int64_t count, const bf16* product, const bf16* scaled, Window& window) {
+    const Piece pieces[]{{product, width, w_down.panels(window)}, {scaled, mid.ranks, expand_down.panels(window)}};
+    block_product(
+        pieces, 2, count, window.count, from(starts[2], window.first),
+        store_bfloat16(y_data + first * out + window.first, out));
+  };
+  const Blocks blocks(tokens, rows_in_cache(hidden));
+  if (when == When::kBefore) {
+    blocks.each([&](int64_t, bool, int64_t first, int64_t count) {
+      const Scratch<bf16> scaled(count * ranks), product(count * width);
+      Window of_width(width), of_out(out);
+      to_h_in(first, count, scaled.data());
+      to_product(first, count, scaled.data(), product.data(), of_width);
+      to_h_mid(first, count, product.data(), scaled.data());
+      to_y(first, count, product.data(), scaled.data(), of_out);
+    });
+  } else {
+    const Scratch<bf16> scaled_in(tokens * in.ranks), scaled_mid(tokens * mid.ranks), product(tokens * width);
+    blocks.each([&](int64_t, bool, int64_t first, int64_t count) {
+      to_h_in(first, count, scaled_in.data() + first * in.ranks);
+    });
+    each_window(width, w_gate.unit_elements() + w_up.unit_elements(), [&](Window& window) {
+      to_product(0, tokens, scaled_in.data(), product.data(), window);
+    });
+    blocks.each([&](int64_t, bool, int64_t first, int64_t count) {
+      to_h_mid(first, count, product.data() + first * width, scaled_mid.data() + first * mid.ranks);
+    });
+    each_window(out, w_down.unit_elements(), [&](Window& window) {
+      to_y(0, tokens, product.data(), scaled_mid.data(), window);
+    });
+  }
   return {y, gate, up, h};
 }
 
@@ -189,8 +226,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
     const Mlp& mlp, bool needs_dx) {
   const auto& [in, mid, tokens, hidden, width, out, ranks] = mlp;
-  const PackedB w_down = backward_weight(weights[2]), w_gate = backward_weight(weights[0]),
-                w_up = backward_weight(weights[1]);
+  const When when = when_to_pack(tokens, weights);
+  const PackedB w_down = backward_weight(weights[2], when), w_gate = backward_weight(weights[0], when),
+                w_up = backward_weight(weights[1], when);
   const PackedB spread_in = in.stacked_A(Packing::kRows), spread_mid = mid.stacked_A(Packing::kRows);
   const PackedB shrink_gate = in.B(0, Packing::kRows), shrink_up = in.B(1, Packing::kRows),
                 shrink_down = mid.B(0, Packing::kRows);
@@ -213,49 +251,96 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
   const bool tiles = tile_registers_in_use();
   const Blocks blocks(tokens, tiles ? rows_in_cache(hidden) / 2 : 256);
   TokenSums sums(blocks.runs, dB_down + TokenSums::size(mid.ranks, out));
-  blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
-    float* const total = sums.of(run);
+  // What lies between dy and dx, of the rows that a stage is given.
+  struct Between {
+    Scratch<bf16> g_in, g_mid, product, dgate, dup;
+    Between(const Mlp& mlp, int64_t rows, bool keeps_product)
+        : g_in(rows * mlp.in.ranks), g_mid(rows * mlp.mid.ranks), product(keeps_product ? rows * mlp.width : 0),
+          dgate(rows * mlp.width), dup(rows * mlp.width) {}
+  };
+  // Rows from `first` on, which in `between` are those from `at` on.
+  const auto to_g_mid = [&](float* total, bool starts, int64_t first, int64_t count, const Between& between, int64_t at) {
     const bf16* const dy_rows = dy_data + first * ldy;
-    const bf16* const gate_rows = gate_data + first * width;
-    const bf16* const up_rows = up_data + first * width;
+    Columns columns(mid.ranks);
+    mid.project(0, dy_rows, ldy, count, shrink_down, between.g_mid.data() + at * mid.ranks);
+    columns.product(
+        !starts, h_data + first * ranks + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
+  };
+  const auto to_dgate_and_dup = [&](
+      float* total, bool starts, int64_t first, int64_t count, const Between& between, Window& window, Errands* near) {
     const float* const h_rows = h_data + first * ranks;
-    Columns columns(std::max(in.ranks, mid.ranks));
-    const Scratch<bf16> g_in(count * in.ranks), g_mid(count * mid.ranks);
-    const Scratch<bf16> product(tiles ? 0 : count * width), dgate(count * width), dup(count * width);
-    bf16* const dgate_data = dgate.data();
-    bf16* const dup_data = dup.data();
-
-    mid.project(0, dy_rows, ldy, count, shrink_down, g_mid.data());
-    columns.product(!starts, h_rows + in.ranks, ranks, mid.ranks, dy_rows, ldy, count, out, total + dB_down);
-    const Piece to_product[]{{dy_rows, ldy, w_down.panels()}, {g_mid.data(), mid.ranks, spread_mid.panels()}};
-    const ArrivingColumns into_dA_down(!starts, g_mid.data(), mid.ranks, tiles ? mid.ranks : 0, count, total + dA_mid);
+    const Piece pieces[]{
+        {dy_data + first * ldy, ldy, w_down.panels(window)},
+        {between.g_mid.data(), mid.ranks, spread_mid.panels(window)}};
+    const ArrivingColumns into_dA_down(
+        !starts, between.g_mid.data(), mid.ranks, tiles ? mid.ranks : 0, count, total + dA_mid);
     const ArrivingColumns into_dB_gate(!starts, h_rows, ranks, tiles ? in.rank(0) : 0, count, total + dB_gate);
     const ArrivingColumns into_dB_up(
         !starts, h_rows + in.offsets[1], ranks, tiles ? in.rank(1) : 0, count, total + dB_up);
-    Errands for_dA, for_next;
-    if (in.ranks > 0) for_dA.add({x_data + first * ld, ld, count, hidden});
-    if (const int64_t after = blocks.rows_after(first)) for_next.add({dy_rows + count * ldy, ldy, after, out});
+    const int64_t rows = first * width + window.first;
     block_product(
-        to_product, 2, count, width, nullptr,
+        pieces, 2, count, window.count, nullptr,
         IntoProductGateAndUp<kActivation>{
-            gate_rows, up_rows, product.data(), dgate_data, dup_data, width, std::max<int64_t>(count, 3),
-            &into_dA_down, &into_dB_gate, &into_dB_up},
-        &for_dA);
-    in.project(0, dgate_data, width, count, shrink_gate, g_in.data());
-    in.project(1, dup_data, width, count, shrink_up, g_in.data());
+            gate_data + rows, up_data + rows, between.product.data() + window.first,
+            between.dgate.data() + window.first, between.dup.data() + window.first, width,
+            std::max<int64_t>(count, 3), &into_dA_down, &into_dB_gate, &into_dB_up},
+        near);
+  };
+  const auto to_g_in = [&](float* total, bool starts, int64_t first, int64_t count, const Between& between, int64_t at) {
+    const bf16* const dgate = between.dgate.data() + at * width;
+    const bf16* const dup = between.dup.data() + at * width;
+    bf16* const g_in = between.g_in.data() + at * in.ranks;
+    const float* const h_rows = h_data + first * ranks;
+    Columns columns(std::max(in.ranks, mid.ranks));
+    in.project(0, dgate, width, count, shrink_gate, g_in);
+    in.project(1, dup, width, count, shrink_up, g_in);
     if (!tiles) {
-      columns.product(!starts, g_mid.data(), mid.ranks, mid.ranks, product.data(), width, count, width, total + dA_mid);
-      columns.product(!starts, h_rows, ranks, in.rank(0), dgate_data, width, count, width, total + dB_gate);
-      columns.product(!starts, h_rows + in.offsets[1], ranks, in.rank(1), dup_data, width, count, width, total + dB_up);
+      columns.product(
+          !starts, between.g_mid.data() + at * mid.ranks, mid.ranks, mid.ranks, between.product.data() + at * width,
+          width, count, width, total + dA_mid);
+      columns.product(!starts, h_rows, ranks, in.rank(0), dgate, width, count, width, total + dB_gate);
+      columns.product(!starts, h_rows + in.offsets[1], ranks, in.rank(1), dup, width, count, width, total + dB_up);
     }
-    columns.product(!starts, g_in.data(), in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
-    if (!needs_dx) return;
-    const Piece to_dx[]{
-        {dgate_data, width, w_gate.panels()},
-        {dup_data, width, w_up.panels()},
-        {g_in.data(), in.ranks, spread_in.panels()}};
-    block_product(to_dx, 3, count, hidden, nullptr, store_bfloat16(dx_data + first * hidden, hidden), &for_next);
-  });
+    columns.product(!starts, g_in, in.ranks, in.ranks, x_data + first * ld, ld, count, hidden, total);
+  };
+  const auto to_dx = [&](int64_t first, int64_t count, const Between& between, Window& window, Errands* near) {
+    const Piece pieces[]{
+        {between.dgate.data(), width, w_gate.panels(window)},
+        {between.dup.data(), width, w_up.panels(window)},
+        {between.g_in.data(), in.ranks, spread_in.panels(window)}};
+    bf16* const target = dx_data + first * hidden + window.first;
+    block_product(pieces, 3, count, window.count, nullptr, store_bfloat16(target, hidden), near);
+  };
+  if (when == When::kBefore) {
+    blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
+      float* const total = sums.of(run);
+      const Between between(mlp, count, !tiles);
+      Errands for_dA, for_next;
+      if (in.ranks > 0) for_dA.add({x_data + first * ld, ld, count, hidden});
+      if (const int64_t after = blocks.rows_after(first))
+        for_next.add({dy_data + (first + count) * ldy, ldy, after, out});
+      Window of_width(width), of_hidden(hidden);
+      to_g_mid(total, starts, first, count, between, 0);
+      to_dgate_and_dup(total, starts, first, count, between, of_width, &for_dA);
+      to_g_in(total, starts, first, count, between, 0);
+      if (needs_dx) to_dx(first, count, between, of_hidden, &for_next);
+    });
+  } else {
+    const Between between(mlp, tokens, true);
+    blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
+      to_g_mid(sums.of(run), starts, first, count, between, first);
+    });
+    each_window(width, w_down.unit_elements(), [&](Window& window) {
+      to_dgate_and_dup(sums.of(0), true, 0, tokens, between, window, nullptr);
+    });
+    blocks.each([&](int64_t run, bool starts, int64_t first, int64_t count) {
+      to_g_in(sums.of(run), starts, first, count, between, first);
+    });
+    if (needs_dx)
+      each_window(hidden, w_gate.unit_elements() + w_up.unit_elements(), [&](Window& window) {
+        to_dx(0, tokens, between, window, nullptr);
+      });
+  }
   std::vector<at::Tensor> dAs, dBs;
   const int64_t dB_offsets[]{dB_gate, dB_up, dB_down};
   for (size_t i = 0; i < 3; ++i) {

@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_mlp_forwar
     const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, c10::string_view activation_name) {
   const Activation activation = activation_from(activation_name);
-  if (fused::serves(x))
+  if (fused::serves(x, weights))
     return fused::lora_gated_mlp_forward(x, weights, biases, lora_As, lora_Bs, scalings, activation);
   auto [gate_up, h_in] = lora_group_forward(
       x, weights.slice(0, 2), slice(biases, 0, 2), lora_As.slice(0, 2), lora_Bs.slice(0, 2), scalings.slice(0, 2), 0.0,
@@ -51,7 +51,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_ga
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
     c10::string_view activation_name, bool needs_dx) {
   const Activation activation = activation_from(activation_name);
-  if (fused::serves(x))
+  if (fused::serves(x, weights))
     return fused::lora_gated_mlp_backward(
         dy, x, gate.contiguous(), up.contiguous(), h.contiguous(), weights, lora_As, lora_Bs, scalings, activation, needs_dx);
   const int64_t ranks_in = ranks_of(lora_As.slice(0, 2)), ranks_mid = lora_As[2].size(0);

@@ -89,7 +89,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, double dropout_p, const std::optional<at::Tensor>& seed) {
   const auto dtype = x.scalar_type();
   const auto dropout = dropout_from(dropout_p, seed);
-  if (fused::serves(x))
+  if (fused::serves(x, weights))
     return fused::lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout);
   std::vector<at::Tensor> ys;
   ys.reserve(weights.size());
@@ -120,7 +120,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   const auto dtype = x.scalar_type();
   const at::Tensor h = h_any.contiguous();
   const auto dropout = dropout_from(dropout_p, seed);
-  if (fused::serves(x))
+  if (fused::serves(x, weights))
     return fused::lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout, needs_dx);
   at::Tensor g = at::empty(h.sizes(), x.options());
   std::vector<at::Tensor> dAs, dBs;

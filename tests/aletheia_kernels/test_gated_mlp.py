@@ -52,6 +52,16 @@ def test_a_width_longer_than_one_sweep_of_the_product(backend, two_times_rule, a
         assert ours[name].dtype == (torch.float32 if name[:2] in ("dA", "dB") else torch.bfloat16)
 
 
+@pytest.mark.parametrize("tokens", [7, 70, 270])
+def test_wide_weights(backend, two_times_rule, tokens):
+    """More than two million of them: threads take columns, and all rows a stage at a time."""
+    case = Case.draw(tokens, (330, 2100, 310), (5, 9, 17), torch.bfloat16, "silu", bias=True)
+    ours = case.ours(adapters=torch.float32)
+    plain, exact = case.plain(torch.bfloat16), case.plain(torch.float64)
+    for name in exact:
+        two_times_rule(name, ours[name], plain[name], exact[name])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_saturated_gates_stay_finite(backend, two_times_rule, activation):
     case = Case.draw(64, (16, 24, 16), (2, 2, 2), torch.bfloat16, activation)

@@ -65,6 +65,30 @@ def test_wide_master_adapters_get_gradients_in_their_own_dtype(every_set, two_ti
         assert ours[name].dtype == (torch.float32 if name[:2] in ("dA", "dB") else torch.bfloat16)
 
 
+# More than two million weights, an inner dimension of more than a sweep, widths that end within a panel: columns go to
+# threads, which pack what they need.
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_wide_weights(every_set, two_times_rule, dropout_p, transposed):
+    case = Case.draw(67, 2083, [(1031, 5, True), (150, 19, False)], torch.bfloat16, dropout_p)
+    plain, exact = case.plain(torch.bfloat16), case.plain(torch.float64)
+    if transposed:
+        case.weights = [w.T.contiguous().T for w in case.weights]
+    ours = case.ours(adapters=torch.float32)
+    for name in exact:
+        two_times_rule(name, ours[name], plain[name], exact[name])
+
+
+def test_wide_weights_do_not_depend_on_threads():
+    case = Case.draw(300, 2083, [(1031, 5, True), (150, 19, False)], torch.bfloat16)
+    results: dict[str, Tensor] = {}
+    for threads in (2, 2, 1, 3):
+        torch.set_num_threads(threads)
+        given = case.ours(adapters=torch.float32)
+        for name in ("y[0]", "y[1]", "dx"):
+            assert torch.equal(results.setdefault(name, given[name]), given[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_strided_operands(every_set, two_times_rule, dtype):
     case = Case.draw(70, 48, [(24, 5, True), (56, 11, False)], dtype)
