@@ -88,7 +88,9 @@ def test_one_rank_is_served_as_peft_would(alpha, right, tiny_model_dir, tmp_path
 
 
 def test_stacked_experts_are_refused(tmp_path, monkeypatch):
-    LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]).save_pretrained(tmp_path)
+    LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]).save_pretrained(
+        tmp_path
+    )
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     monkeypatch.setattr(sys, "argv", [EXAMPLE.name, str(tmp_path), str(tmp_path / "equal")])
     with pytest.raises(SystemExit, match="stacked experts"):
