@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # Its libraries are imported by PEFT wherever they are installed, which takes seconds: it runs beside tests/quantised.
 QUANTISED = ROOT / "docs" / "how-to" / "quantised.md"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md")), *NOTEBOOKS]
+PAGES = [
+    *(ROOT / "docs" / name for name in ("tutorial.md", "serving.md")),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    *NOTEBOOKS,
+]
 if importlib.util.find_spec("bitsandbytes") is None:
     PAGES.remove(QUANTISED)
 # Python, and plain blocks of `aletheia` commands. What is marked as sh is for a reader: it takes a machine or an hour.
