@@ -1,6 +1,6 @@
 """Kills trainings, the building of prefix caches and races at random points, and goes on from what the dead left.
 
-    python tests/robustness/kill.py --count 100 --json runs/kill-test.json
+    python -m tests.robustness.kill --count 100 --json runs/kill-test.json
 
 Every other process is killed (SIGKILL) from outside after a random time, of a race either one arm or all processes at
 once; the rest die by themselves in the middle of a random write to a file. What goes on may be killed again. In the
@@ -43,7 +43,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 import transformers
-from fuzz import tokenizer
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -56,6 +55,8 @@ from aletheia_tune.errors import UserError
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.referee import read_task, referee
 from aletheia_tune.train import TrainConfig, fine_tune, load_model
+from tests.at_step import AtStep
+from tests.robustness.fuzz import tokenizer
 
 STEPS, EVERY = 10, 2
 CONFIG = TrainConfig(
@@ -257,18 +258,6 @@ def count_writes(act: Callable[[], object]) -> int:
     finally:
         files._write, prefix_store._write = before
     return count
-
-
-class AtStep(TrainerCallback):
-    """Does something to the model when a step begins."""
-
-    def __init__(self, step: int, act: Callable[[Any], None]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.act(model)
 
 
 class Watch(TrainerCallback):
