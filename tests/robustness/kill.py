@@ -57,6 +57,7 @@ from aletheia_tune.referee import read_task, referee
 from aletheia_tune.train import TrainConfig, fine_tune, load_model
 from tests.at_step import AtStep
 from tests.robustness.fuzz import tokenizer
+from tests.task_case import task_text
 
 STEPS, EVERY = 10, 2
 CONFIG = TrainConfig(
@@ -75,32 +76,6 @@ TRAININGS: tuple[dict[str, Any], ...] = (
     {"gradient_accumulation": 2, "group_by_length": True, "schedule": "cosine"},
     {"sampled_depth": {2: 1.0, 3: 1.0}, "init": "gradient", "kernels": False},
 )
-TASK = """
-name = "kill"
-model = "model"
-train = "train.jsonl"
-eval = "eval.jsonl"
-rates = [2e-3, 1e-2, 1e-1]
-seeds = [0]
-slices = 3
-
-[training]
-steps = 12
-batch_size = 4
-dtype = "float32"
-threads = 1
-warmup = 0
-eval_every = 6
-progress = false
-
-[[baseline]]
-name = "peft"
-plan = { rank = 4 }
-
-[[challenger]]
-name = "half"
-plan = { score = "aletheia", layers = 50, rank = 4, probe_batches = 2 }
-"""
 
 
 @dataclass
@@ -141,7 +116,7 @@ def make_files(directory: Path) -> None:
             letters, length = ("abcdefgh" * 4)[draw.randrange(8) :], draw.randint(6, 20)
             lines.append({"prompt": " ".join(letters[:4]), "completion": " ".join(letters[4:length])})
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (directory / "task.toml").write_text(TASK)
+    (directory / "task.toml").write_text(task_text("kill", "model", steps=12))
 
 
 def train(
