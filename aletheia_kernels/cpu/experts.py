@@ -13,24 +13,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from aletheia_kernels.dtypes import accumulation_dtype
+from aletheia_kernels.dtypes import accumulation_dtype, has_vendor_products
 from aletheia_kernels.reference.experts import each_expert
 
 
 @cache
 def _dtype_of_products(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision that oneDNN has no products of here; elsewhere the dtype itself.
-
-    oneDNN has bfloat16 from AVX-512 on and float16 from AVX512-FP16 on. Without it torch multiplies by its own loops,
-    far more slowly than it converts a weight.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    if not torch.backends.mkldnn.is_available():
-        return torch.float32
-    library = torch.ops.mkldnn
-    has = library._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported
-    return dtype if has() else torch.float32
+    """float32 for half precision that no vendor library multiplies here, converting being quicker; else the dtype."""
+    return dtype if has_vendor_products(dtype) else torch.float32
 
 
 def _dense(factor: Tensor) -> Tensor:
