@@ -51,7 +51,7 @@ def lora_experts_forward(
     offs: Tensor,
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [tokens, out], and h [tokens, R] in x's dtype, from x [tokens, in]."""
+    """As :func:`aletheia_kernels.reference.lora_experts_forward`."""
     forward = torch.ops.aletheia_cpu.lora_group_forward
     lora_A, lora_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
     wide = _dtype_of_products(x.dtype)
@@ -79,7 +79,7 @@ def lora_experts_backward(
     ranks: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [tokens, in] (empty when not needed), dA and dB as A and B are: dtype, shape and strides."""
+    """As :func:`aletheia_kernels.reference.lora_experts_backward`."""
     backward = torch.ops.aletheia_cpu.lora_group_backward
     dense_A, dense_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
     wide, sums = _dtype_of_products(x.dtype), accumulation_dtype(x.dtype)
