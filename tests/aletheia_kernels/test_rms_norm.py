@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aletheia_kernels import rms_norm
+from tests.drawn import normals
 
 SETTINGS = settings(
     max_examples=25,
@@ -47,11 +48,7 @@ class Case:
 
     @staticmethod
     def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, **form) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
+        normal = normals(dtype, seed)
         return Case(normal(*shape), normal(shape[-1]), normal(*shape), **form)
 
     def results(self, norm, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aletheia_kernels import rotary
+from tests.drawn import normals
 
 SETTINGS = settings(
     max_examples=25,
@@ -60,10 +61,7 @@ class Case:
         angle_rows: int = 1,
         seed: int = 0,
     ) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        normal = normals(dtype, seed)
 
         def projected(count: int) -> Tensor:
             return normal(batch, tokens, count, dim).transpose(1, 2)
