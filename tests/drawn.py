@@ -1,11 +1,16 @@
-"""Random operands."""
+"""Random operands, and the dtypes that they come in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 
 
 def normals(dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:

@@ -6,21 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from aletheia_kernels import rms_norm
-from tests.drawn import normals
+from tests.drawn import DTYPES, normals
 
-SETTINGS = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
 FORMS = pytest.mark.parametrize(
     ("offset", "rounds_first"), [(0.0, True), (1.0, False), (0.0, False)], ids=["llama", "gemma", "olmo2"]
 )
@@ -78,7 +70,7 @@ class Case:
 
 @FORMS
 @DTYPES
-@SETTINGS
+@settings(max_examples=25)
 @given(rows=st.integers(0, 150), features=st.integers(1, 200), seed=st.integers(0, 2**31))
 @example(rows=0, features=33, seed=0)
 @example(rows=1, features=1, seed=1)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aletheia_kernels.triton import experts as kernels
+from tests.drawn import DTYPES
 from tests.experts_case import Case
-
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def check(guarded, two_times_rule):
 
 
 @DTYPES
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=4)
 @given(
     group=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 40)), min_size=1, max_size=3),
     in_features=st.integers(1, 100),
