@@ -33,7 +33,7 @@ test-package:
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/quantised \
 	  "tests/examples/test_docs.py::test_the_blocks_of_a_page_run_in_their_order[quantised]"
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds 20
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.robustness.fuzz --seconds 20
 
 test-kernels:
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/triton/operators
@@ -65,17 +65,17 @@ sanitize: install
 SECONDS := 600
 
 fuzz: install
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/fuzz.py --seconds $(SECONDS) --json runs/fuzz.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.robustness.fuzz --seconds $(SECONDS) --json runs/fuzz.json
 
 COUNT := 100
 
 kill-test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/kill.py --count $(COUNT) --json runs/kill-test.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.robustness.kill --count $(COUNT) --json runs/kill-test.json
 
 STEPS := 2000
 
 soak: install
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/robustness/soak.py --steps $(STEPS) --json runs/soak.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.robustness.soak --steps $(STEPS) --json runs/soak.json
 
 screenshots: install
 	$(BIN)/python -m tests.screenshots

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -22,10 +23,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A first call may compile, and what the fixtures hold no example changes.
+_EITHER = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
 # The same examples in every run: whether the suite passes says something about the code alone. For others,
 # `pytest --hypothesis-profile=explore`.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, **_EITHER)
+hypothesis.settings.register_profile("explore", **_EITHER)
 hypothesis.settings.load_profile("repeatable")
 
 # Threads cost more than they bring at this size, and far more on a machine that others share.

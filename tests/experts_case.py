@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aletheia_kernels import lora_experts
+from tests.drawn import normals
 
 
 @dataclass
@@ -35,11 +36,7 @@ class Case:
         spare: int = 0,
         seed: int = 0,
     ) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, over: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
-
+        normal = normals(dtype, seed)
         experts, rank, tokens = len(counts), max(ranks), sum(counts) + spare
         lora_A = normal(experts, rank, in_features, over=in_features)
         lora_B = normal(experts, out_features, rank, over=rank)
@@ -57,17 +54,14 @@ class Case:
             dy=normal(tokens, out_features),
         )
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Case:
-        """The same with every tensor passed through ``move``."""
-        return Case(**{name: move(tensor) for name, tensor in vars(self).items()})
-
     def leaves(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> list[Tensor]:
         adapters = adapters or dtype
         parts = [self.x.to(dtype, copy=True), self.lora_A.to(adapters, copy=True)]
         return [part.requires_grad_() for part in (*parts, self.lora_B.to(adapters, copy=True))]
 
-    def results(self, y: Tensor, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(y, leaves, self.dy.to(y.dtype))
+    def results(self, y: Tensor, leaves: Sequence[Tensor], dy: Tensor | None = None) -> dict[str, Tensor]:
+        """Output and gradients by name, from ``dy`` or, by default, the case's own."""
+        grads = torch.autograd.grad(y, leaves, self.dy.to(y.dtype) if dy is None else dy)
         return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *grads), strict=True))
 
     def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -84,14 +78,13 @@ class Case:
         y = torch.cat([*parts, (x[ends[-1] :] * 0) @ self.weight[0].to(dtype).T])
         return self.results(y, leaves)
 
-    def ours(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> dict[str, Tensor]:
-        leaves = self.leaves(dtype, adapters)
-        y = lora_experts(
-            leaves[0],
-            self.weight.to(dtype),
-            *leaves[1:],
-            self.scalings,
-            self.offs,
-            self.ranks,
-        )
-        return self.results(y, leaves)
+    def ours(
+        self,
+        place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        adapters: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """By the operator, every operand put where ``place`` puts it."""
+        leaves = [place(leaf).detach().requires_grad_() for leaf in self.leaves(self.x.dtype, adapters)]
+        rest = (place(tensor) for tensor in (self.scalings, self.offs, self.ranks))
+        y = lora_experts(leaves[0], place(self.weight), *leaves[1:], *rest)
+        return self.results(y, leaves, place(self.dy))

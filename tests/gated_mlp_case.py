@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
 from aletheia_kernels import lora_gated_mlp
+from tests.drawn import normals
 
 
 @dataclass
@@ -35,11 +36,7 @@ class Case:
         bias: bool = False,
         seed: int = 0,
     ) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, over: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
-
+        normal = normals(dtype, seed)
         hidden, width, out = sizes
         shapes = [(width, hidden), (width, hidden), (out, width)]
         return Case(

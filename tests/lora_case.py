@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from aletheia_kernels import lora_group
 from aletheia_kernels.reference import philox
+from tests.drawn import normals
 
 
 @dataclass
@@ -36,11 +37,7 @@ class Case:
         dropout_p: float = 0.0,
         seed: int = 0,
     ) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, over: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) / over**0.5).to(dtype)
-
+        normal = normals(dtype, seed)
         return Case(
             x=normal(tokens, in_features),
             weights=[normal(out, in_features, over=in_features) for out, _, _ in group],

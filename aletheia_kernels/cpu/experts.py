@@ -13,24 +13,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from aletheia_kernels.dtypes import accumulation_dtype
+from aletheia_kernels.dtypes import accumulation_dtype, has_vendor_products
 from aletheia_kernels.reference.experts import each_expert
 
 
 @cache
 def _dtype_of_products(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision that oneDNN has no products of here; elsewhere the dtype itself.
-
-    oneDNN has bfloat16 from AVX-512 on and float16 from AVX512-FP16 on. Without it torch multiplies by its own loops,
-    far more slowly than it converts a weight.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    if not torch.backends.mkldnn.is_available():
-        return torch.float32
-    library = torch.ops.mkldnn
-    has = library._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported
-    return dtype if has() else torch.float32
+    """float32 for half precision that no vendor library multiplies here, converting being quicker; else the dtype."""
+    return dtype if has_vendor_products(dtype) else torch.float32
 
 
 def _dense(factor: Tensor) -> Tensor:
@@ -61,7 +51,7 @@ def lora_experts_forward(
     offs: Tensor,
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [tokens, out], and h [tokens, R] in x's dtype, from x [tokens, in]."""
+    """As :func:`aletheia_kernels.reference.lora_experts_forward`."""
     forward = torch.ops.aletheia_cpu.lora_group_forward
     lora_A, lora_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
     wide = _dtype_of_products(x.dtype)
@@ -89,7 +79,7 @@ def lora_experts_backward(
     ranks: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [tokens, in] (empty when not needed), dA and dB as A and B are: dtype, shape and strides."""
+    """As :func:`aletheia_kernels.reference.lora_experts_backward`."""
     backward = torch.ops.aletheia_cpu.lora_group_backward
     dense_A, dense_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
     wide, sums = _dtype_of_products(x.dtype), accumulation_dtype(x.dtype)

@@ -503,7 +503,7 @@ def lora_experts_forward(
     offs: Tensor,
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [tokens, out], and h [tokens, R] in x's dtype, from x [tokens, in]."""
+    """As :func:`aletheia_kernels.reference.lora_experts_forward`."""
     offs, ranks, scalings = _route(offs, ranks, scalings)
     h = _product(x, _compute_copy(lora_A, ranks, x.dtype, rank_dim=1), offs, ranks)
     y = _base_product(x, weight, offs)
@@ -523,7 +523,7 @@ def lora_experts_backward(
     ranks: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [tokens, in] (empty when not needed), dA and dB as A and B are: dtype, shape and strides."""
+    """As :func:`aletheia_kernels.reference.lora_experts_backward`."""
     offs, ranks, scalings = _route(offs, ranks, scalings)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
     g = _product(dy, _compute_copy(lora_B, ranks, x.dtype, rank_dim=2).transpose(1, 2), offs, ranks)

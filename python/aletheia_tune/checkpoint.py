@@ -6,6 +6,9 @@ moments and the random generators' states as tensors; everything else is the ten
 over all tensors stands in the header. Nothing is pickled.
 
 The order of the examples is a function of the seed and the epoch, so a step count is the position in the data.
+
+This is one process's, and `fine_tune` goes on from it to the bit. `whole_checkpoint` keeps for a loop of one's own what
+any layout of the model can read, and no more: the adapter and the optimizer's tensors, whole and by name.
 """
 
 from __future__ import annotations

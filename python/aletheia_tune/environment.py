@@ -89,13 +89,13 @@ def _processor() -> str:
 def native_dtype() -> str:
     """What frozen weights are best kept in here: "bfloat16" where its products run at full rate, else "float32".
 
-    Without a card, that is where oneDNN has them (x86 from AVX-512 on, Arm with the bf16 extension). Elsewhere PyTorch
-    computes them in scalar loops: on an AVX2 processor, the product for a linear's input gradient took 90 times as
-    long in bfloat16 as in float32.
+    That is with a card, or where a vendor library has them (`aletheia_kernels.dtypes`).
     """
     import torch
 
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    from aletheia_kernels.dtypes import has_vendor_products
+
+    fast = torch.cuda.is_available() or has_vendor_products(torch.bfloat16)
     return "bfloat16" if fast else "float32"
 
 

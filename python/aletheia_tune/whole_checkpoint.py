@@ -1,7 +1,8 @@
 """An adapter amid its training, whole on disk: written from one layout (a process, DDP, FSDP2), read into any other.
 
 The directory is an adapter as PEFT saves it, with the optimizer's state beside it: for every trainable parameter the
-optimizer's tensors under its name, whole, in safetensors.
+optimizer's tensors under its name, whole, in safetensors. Random states and the place in the data belong to one layout
+and to the caller's loop, and are not in it; `checkpoint`, which `fine_tune` goes on from, keeps them for one process.
 """
 
 from __future__ import annotations

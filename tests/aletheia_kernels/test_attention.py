@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,11 +17,6 @@ CASES = [
     ("reference", "", torch.bfloat16),
     *(("cpu", name, torch.bfloat16) for name in SERVING),
 ]
-SETTINGS = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 @pytest.fixture(params=CASES, ids=["-".join([*filter(None, case[:2]), str(case[2])[6:]]) for case in CASES])
@@ -86,7 +81,7 @@ def with_gradients(attend, qkv: list[Tensor], grad: Tensor, as_dtype: torch.dtyp
     return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *grads), strict=True))
 
 
-@SETTINGS
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 3),
     groups=st.integers(1, 3),

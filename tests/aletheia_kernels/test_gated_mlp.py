@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from aletheia_kernels.gated_mlp import ACTIVATIONS
 from tests.gated_mlp_case import Case
 
-SETTINGS = settings(
-    max_examples=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 @DTYPES
-@SETTINGS
+@settings(max_examples=20)
 @given(
     tokens=st.integers(0, 130),
     sizes=st.tuples(st.integers(1, 150), st.integers(1, 150), st.integers(1, 150)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,12 +12,6 @@ from aletheia_kernels import cpu, lora_group
 from aletheia_kernels.backends import BackendError
 from aletheia_kernels.reference import philox
 from tests.lora_case import Case
-
-SETTINGS = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 # The reference, and the compiled operators on every instruction set that this processor offers.
 CASES = ["reference", *(f"cpu-{name}" for name in cpu.offered_instruction_sets())]
@@ -36,7 +30,7 @@ projections = st.lists(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@SETTINGS
+@settings(max_examples=25)
 @given(
     tokens=st.integers(0, 130),
     in_features=st.integers(1, 200),

@@ -6,20 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from aletheia_kernels import rms_norm
+from tests.drawn import DTYPES, normals
 
-SETTINGS = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
 FORMS = pytest.mark.parametrize(
     ("offset", "rounds_first"), [(0.0, True), (1.0, False), (0.0, False)], ids=["llama", "gemma", "olmo2"]
 )
@@ -47,11 +40,7 @@ class Case:
 
     @staticmethod
     def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, **form) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
+        normal = normals(dtype, seed)
         return Case(normal(*shape), normal(shape[-1]), normal(*shape), **form)
 
     def results(self, norm, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -81,7 +70,7 @@ class Case:
 
 @FORMS
 @DTYPES
-@SETTINGS
+@settings(max_examples=25)
 @given(rows=st.integers(0, 150), features=st.integers(1, 200), seed=st.integers(0, 2**31))
 @example(rows=0, features=33, seed=0)
 @example(rows=1, features=1, seed=1)

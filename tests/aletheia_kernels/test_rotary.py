@@ -6,20 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from aletheia_kernels import rotary
-
-SETTINGS = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
+from tests.drawn import DTYPES, normals
 
 
 def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +52,7 @@ class Case:
         angle_rows: int = 1,
         seed: int = 0,
     ) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        normal = normals(dtype, seed)
 
         def projected(count: int) -> Tensor:
             return normal(batch, tokens, count, dim).transpose(1, 2)
@@ -85,7 +74,7 @@ class Case:
 
 
 @DTYPES
-@SETTINGS
+@settings(max_examples=25)
 @given(
     batch=st.integers(0, 3),
     heads=st.integers(1, 5),

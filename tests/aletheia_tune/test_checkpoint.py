@@ -27,6 +27,7 @@ from aletheia_tune.data import load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+from tests.at_step import AtStep, Killed, break_weights, die, interrupt
 
 # Six steps an epoch.
 CONFIG = TrainConfig(
@@ -40,35 +41,6 @@ CONFIG = TrainConfig(
 )
 
 Tune = Callable[..., TrainResult]
-
-
-class Killed(BaseException):
-    """What nothing in the package catches."""
-
-
-class At(TrainerCallback):
-    """Does something to the model when a step begins."""
-
-    def __init__(self, step: int, act: Callable[[Any], None]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.act(model)
-
-
-def die(_: Any) -> None:
-    raise Killed
-
-
-def interrupt(_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def break_weights(model: Any) -> None:
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
 
 @pytest.fixture
@@ -116,11 +88,11 @@ def test_goes_on_to_the_same_adapter_and_metrics(tune, tmp_path, settings, kille
     config = dataclasses.replace(CONFIG, **settings)
     whole = tune(tmp_path / "whole", dataclasses.replace(config, checkpoint_every=None))
     with pytest.raises(Killed):
-        tune(tmp_path / "out", config, callbacks=[At(killed, die)])
+        tune(tmp_path / "out", config, callbacks=[AtStep(killed, die)])
     found = Checkpoint.read(beside(tmp_path / "out"))
     assert found.step == (killed - 1) // config.checkpoint_every * config.checkpoint_every
     seen: list[int] = []
-    went_on = tune(tmp_path / "out", config, resume=True, callbacks=[At(found.step + 1, seen.append)])
+    went_on = tune(tmp_path / "out", config, resume=True, callbacks=[AtStep(found.step + 1, seen.append)])
     assert len(seen) == 1
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
     assert measured(went_on) == measured(whole)
@@ -133,7 +105,7 @@ def test_goes_on_with_a_prefix_cache_and_other_free_settings(tune, tmp_path, pla
     config = dataclasses.replace(CONFIG, prefix_cache=str(tmp_path / "cache"))
     tune(tmp_path / "whole", dataclasses.replace(config, prefix_cache=str(tmp_path / "other")), bare)
     with pytest.raises(Killed):
-        tune(tmp_path / "out", config, bare, callbacks=[At(7, die)])
+        tune(tmp_path / "out", config, bare, callbacks=[AtStep(7, die)])
     tune(tmp_path / "out", dataclasses.replace(config, checkpoint_every=3), bare, resume=True)
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
 
@@ -148,7 +120,7 @@ def test_resume_without_a_checkpoint_begins_and_says_so(tune, tmp_path, capsys):
 def test_an_interrupt_says_what_is_kept_and_resume_replaces_it(tune, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt) as caught:
-        tune(out, callbacks=[At(7, interrupt)])
+        tune(out, callbacks=[AtStep(7, interrupt)])
     said = str(caught.value)
     assert said.startswith(f"interrupted after step 6; the adapter so far is in {out}; ")
     assert said.endswith(f"with --resume goes on after step 4, from {beside(out)}")
@@ -165,10 +137,10 @@ def test_an_interrupt_says_what_is_kept_and_resume_replaces_it(tune, tmp_path):
 def test_overwrite_begins_anew(tune, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        tune(out, callbacks=[At(7, die)])
+        tune(out, callbacks=[AtStep(7, die)])
     seen: list[int] = []
     config = dataclasses.replace(CONFIG, learning_rate=1e-3, checkpoint_every=None)
-    tune(out, config, overwrite=True, callbacks=[At(1, seen.append)])
+    tune(out, config, overwrite=True, callbacks=[AtStep(1, seen.append)])
     assert len(seen) == 1
     assert not beside(out).exists()
 
@@ -178,12 +150,12 @@ def test_not_finite_leaves_the_checkpoint_and_the_last_good_adapter(tune, tmp_pa
     with pytest.raises(
         NonFiniteLoss, match=r"step 5; .* after 3 good updates is in .* after step 4, from"
     ) as caught:
-        tune(out, callbacks=[At(5, break_weights)])
+        tune(out, callbacks=[AtStep(5, break_weights)])
     assert "\n" not in str(caught.value)
     kept = bits(out)
     # Met again at once, by a training that knows the last good weights from the checkpoint alone.
     with pytest.raises(NonFiniteLoss, match="after 3 good updates"):
-        tune(out, resume=True, callbacks=[At(5, break_weights)])
+        tune(out, resume=True, callbacks=[AtStep(5, break_weights)])
     assert bits(out) == kept
     tune(out, resume=True)
     tune(tmp_path / "whole", dataclasses.replace(CONFIG, checkpoint_every=None))
@@ -214,7 +186,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(tune, tmp_path, monkeypatch)
         monkeypatch.setattr(files, "_write", full)
 
     with pytest.raises(UserError, match=r"no space left to write .*; what was there is kept") as caught:
-        tune(out, callbacks=[At(6, fill)])
+        tune(out, callbacks=[AtStep(6, fill)])
     assert "\n" not in str(caught.value)
     assert [beside(out).read_bytes()] == earlier
     assert [path.name for path in tmp_path.iterdir()] == [beside(out).name]
@@ -225,7 +197,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(tune, tmp_path, monkeypatch)
 @pytest.fixture
 def place(tune, tmp_path) -> Path:
     with pytest.raises(Killed):
-        tune(tmp_path / "out", callbacks=[At(6, die)])
+        tune(tmp_path / "out", callbacks=[AtStep(6, die)])
     return beside(tmp_path / "out")
 
 

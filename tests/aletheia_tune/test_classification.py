@@ -23,7 +23,6 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
-    TrainerCallback,
 )
 
 from aletheia_tune import cli
@@ -38,6 +37,7 @@ from aletheia_tune.referee import Verdict, judge
 from aletheia_tune.report import write_verdict
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out, load_model
 from benchmarks.family_table import FAMILIES
+from tests.at_step import AtStep, Killed, die
 
 WORDS = ["good", "bad", "a", "the", "film", "scene", "plot"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -316,17 +316,11 @@ def test_a_step_of_two_passes_is_a_step_of_one_twice_as_large(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
-class Killed(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 4:
-            raise MemoryError
-
-
 def test_goes_on_from_a_checkpoint(tune, tmp_path):
     whole = tune(tmp_path / "whole")
     config = dataclasses.replace(CONFIG, checkpoint_every=3, eval_every=2)
-    with pytest.raises(MemoryError):
-        tune(tmp_path / "out", config, callbacks=[Killed()])
+    with pytest.raises(Killed):
+        tune(tmp_path / "out", config, callbacks=[AtStep(5, die)])
     went_on = tune(tmp_path / "out", config, resume=True)
     trained = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out")]
     assert trained[0].keys() == trained[1].keys()

@@ -116,6 +116,18 @@ def results(model: nn.Module, wrapper: nn.Module, inputs: tuple[Tensor, Tensor, 
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True))}
 
 
+def assert_patching_changes_nothing(
+    model: nn.Module, wrapper: nn.Module, among: int = EXPERTS
+) -> dict[str, Tensor]:
+    """Puts the model on the operators; returns the results, which are those from before."""
+    expected = results(model, wrapper, routed(among=among))
+    apply_kernels(model, strict=True)
+    given = results(model, wrapper, routed(among=among))
+    for name, value in expected.items():
+        torch.testing.assert_close(given[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    return given
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_same_loss_and_gradients(family, calls):
     model = language_model(family, rank_pattern={"down_proj": 3}, use_rslora=True)
@@ -133,44 +145,28 @@ def test_same_loss_and_gradients(family, calls):
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_same_as_every_implementation_of_transformers(implementation, calls):
     model, wrapper = adapted_mixture(implementation=implementation)
-    expected = results(model, wrapper, routed())
-    apply_kernels(model, strict=True)
-    given = results(model, wrapper, routed())
+    assert_patching_changes_nothing(model, wrapper)
     assert calls[-2:] == [4, 4]
-    for name, value in expected.items():
-        torch.testing.assert_close(given[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_one_projection_alone_may_have_an_adapter(name, calls):
     model, wrapper = adapted_mixture((name,))
-    expected = results(model, wrapper, routed())
-    apply_kernels(model, strict=True)
-    given = results(model, wrapper, routed())
+    assert_patching_changes_nothing(model, wrapper)
     assert calls[-2:] == [4 * (name == each) for each in BOTH]
-    for each, value in expected.items():
-        torch.testing.assert_close(given[each], value, rtol=1e-4, atol=1e-5, msg=each)
 
 
 def test_experts_without_a_gate(calls):
     model, wrapper = adapted_mixture(("up_proj", "down_proj"), kind=NemotronHExperts)
-    expected = results(model, wrapper, routed())
-    apply_kernels(model, strict=True)
-    given = results(model, wrapper, routed())
+    assert_patching_changes_nothing(model, wrapper)
     assert calls[-2:] == [4, 4]
-    for name, value in expected.items():
-        torch.testing.assert_close(given[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_experts_without_tokens_get_gradients_of_zero():
     model, wrapper = adapted_mixture()
-    expected = results(model, wrapper, routed(among=2))
-    apply_kernels(model, strict=True)
-    given = results(model, wrapper, routed(among=2))
-    for name, value in expected.items():
-        torch.testing.assert_close(given[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for name, value in assert_patching_changes_nothing(model, wrapper, among=2).items():
         if "lora_A" in name:
-            by_expert = given[name].view(EXPERTS, -1)
+            by_expert = value.view(EXPERTS, -1)
             assert by_expert[:2].any(1).all()
             assert not by_expert[2:].any()
 

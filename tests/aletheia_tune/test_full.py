@@ -30,6 +30,7 @@ from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.rates import parameter_groups
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+from tests.at_step import AtStep
 
 VOCABULARY = 64
 WRAPPED = "base_model.model."
@@ -265,16 +266,12 @@ def test_full_weights_have_their_own_rate_under_the_same_schedule(tune, tmp_path
 
 
 def test_not_finite_keeps_the_last_good_full_weights(tune, tmp_path):
-    class Break(TrainerCallback):
-        def on_step_begin(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
-            if state.global_step == 3:
-                with torch.no_grad():
-                    trained_weight(model, PLAN.full[0]).fill_(float("nan"))
+    def break_weight(model: Any) -> None:
+        with torch.no_grad():
+            trained_weight(model, PLAN.full[0]).fill_(float("nan"))
 
     with pytest.raises(NonFiniteLoss, match="after 2 good updates"):
-        tune(tmp_path / "out", callbacks=[Break()])
+        tune(tmp_path / "out", callbacks=[AtStep(4, break_weight)])
     tune(tmp_path / "short", dataclasses.replace(CONFIG, steps=2))
     mine, short = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "short"))
     assert mine.keys() == short.keys()

@@ -17,37 +17,7 @@ from aletheia_tune.referee import VERDICT, RaceTask, Verdict, judge, read_task, 
 from aletheia_tune.report import write_verdict
 from aletheia_tune.train import EvalRecord, StepRecord, TrainResult
 from tests import accessibility
-
-TASK = """
-name = "tiny"
-model = "{model}"
-train = "train.jsonl"
-eval = "eval.jsonl"
-other_text = "{other}"
-rates = [2e-3, 1e-2, 1e-1]
-seeds = [0]
-recommended = "half"
-slices = 3
-
-[training]
-steps = 24
-batch_size = 4
-dtype = "float32"
-threads = 1
-warmup = 0
-eval_every = 6
-progress = false
-
-[[baseline]]
-name = "peft"
-plan = {{ rank = 4 }}
-
-[[challenger]]
-name = "half"
-plan = {{ score = "aletheia", layers = 50, rank = 4, probe_batches = 2 }}
-training = {{ steps = 30 }}
-"""
-
+from tests.task_case import task_text
 
 LETTERS = "a b c d e f " * 8
 
@@ -64,7 +34,8 @@ def task_file(tiny_model_dir, tmp_path) -> Path:
     other = tmp_path / "other.txt"
     other.write_text("a b c d e f " * 300)
     file = tmp_path / "task.toml"
-    file.write_text(TASK.format(model=tiny_model_dir, other=other))
+    keys = f'other_text = "{other}"\nrecommended = "half"'
+    file.write_text(task_text("tiny", tiny_model_dir, steps=24, keys=keys) + "training = { steps = 30 }\n")
     return file
 
 

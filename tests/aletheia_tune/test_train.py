@@ -22,6 +22,7 @@ from aletheia_tune.data import Collator, load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
+from tests.at_step import AtStep, break_weights, interrupt
 
 CONFIG = TrainConfig(
     steps=6, batch_size=4, learning_rate=1e-2, warmup=0, dtype="float32", progress=False, schedule="constant"
@@ -56,18 +57,6 @@ def tune(tiny_model_dir: Path, train_file: Path, eval_file: Path) -> Tune:
         return fine_tune(model, tokenizer, examples, held_out, plan, config, out, **options)
 
     return run
-
-
-class At(TrainerCallback):
-    """Does something to the model when a step begins."""
-
-    def __init__(self, step: int, act: Callable[[Any], None]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.act(model)
 
 
 def saved_adapter(out: Path) -> dict[str, Tensor]:
@@ -419,11 +408,6 @@ def test_progress_off_a_terminal_is_plain_lines_on_stderr(tune, tmp_path, capsys
     assert lines[-1].endswith("0 s left")
 
 
-def break_weights(model: Any) -> None:
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-
-
 def break_gradients(model: Any) -> None:
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("inf"))
 
@@ -435,7 +419,7 @@ def break_gradients(model: Any) -> None:
 def test_not_finite_keeps_the_last_good_adapter(tune, tmp_path, act, what):
     out = tmp_path / "out"
     with pytest.raises(NonFiniteLoss, match=f"{what} at step 4; .* after 2 good updates") as e:
-        tune(out, callbacks=[At(4, act)])
+        tune(out, callbacks=[AtStep(4, act)])
     assert e.value.step == 4
     assert sorted(path.name for path in out.iterdir()) == WRITTEN
     metrics = json.loads((out / "metrics.json").read_text())
@@ -462,7 +446,7 @@ def test_a_gradient_norm_that_overflows_is_not_finite(tune, tmp_path):
         )
 
     with pytest.raises(NonFiniteLoss, match="the gradient norm became inf at step 2"):
-        tune(tmp_path / "out", callbacks=[At(2, swell)])
+        tune(tmp_path / "out", callbacks=[AtStep(2, swell)])
 
 
 def test_a_broken_model_leaves_nothing_behind(tune, tmp_path):
@@ -476,13 +460,9 @@ def test_a_broken_model_leaves_nothing_behind(tune, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def interrupt(_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def test_interrupt_keeps_the_adapter_so_far(tune, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="after step 2; the adapter so far is in"):
-        tune(tmp_path / "out", callbacks=[At(3, interrupt)])
+        tune(tmp_path / "out", callbacks=[AtStep(3, interrupt)])
     assert "interrupted" in json.loads((tmp_path / "out" / "metrics.json").read_text())["stopped"]
     tune(tmp_path / "short", dataclasses.replace(CONFIG, steps=2))
     assert_same_adapter(tmp_path / "out", tmp_path / "short")
@@ -507,7 +487,7 @@ def test_interrupt_within_an_update_undoes_it(tune, tmp_path, monkeypatch):
 
 def test_interrupt_before_the_first_step_writes_nothing(tune, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="nothing was written"):
-        tune(tmp_path / "out", callbacks=[At(1, interrupt)])
+        tune(tmp_path / "out", callbacks=[AtStep(1, interrupt)])
     assert list(tmp_path.iterdir()) == []
 
 

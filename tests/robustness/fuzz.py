@@ -3,7 +3,7 @@
 Each target starts from files that are right. They are cut, spliced, repeated and overwritten, in bytes and, where they
 are JSON, in values; any exception but `UserError` is a find, kept with what caused it.
 
-    python tests/robustness/fuzz.py --seconds 20 --json runs/fuzz.json
+    python -m tests.robustness.fuzz --seconds 20 --json runs/fuzz.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kills trainings, the building of prefix caches and races at random points, and goes on from what the dead left.
 
-    python tests/robustness/kill.py --count 100 --json runs/kill-test.json
+    python -m tests.robustness.kill --count 100 --json runs/kill-test.json
 
 Every other process is killed (SIGKILL) from outside after a random time, of a race either one arm or all processes at
 once; the rest die by themselves in the middle of a random write to a file. What goes on may be killed again. In the
@@ -43,7 +43,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 import transformers
-from fuzz import tokenizer
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -56,6 +55,9 @@ from aletheia_tune.errors import UserError
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.referee import read_task, referee
 from aletheia_tune.train import TrainConfig, fine_tune, load_model
+from tests.at_step import AtStep
+from tests.robustness.fuzz import tokenizer
+from tests.task_case import task_text
 
 STEPS, EVERY = 10, 2
 CONFIG = TrainConfig(
@@ -74,32 +76,6 @@ TRAININGS: tuple[dict[str, Any], ...] = (
     {"gradient_accumulation": 2, "group_by_length": True, "schedule": "cosine"},
     {"sampled_depth": {2: 1.0, 3: 1.0}, "init": "gradient", "kernels": False},
 )
-TASK = """
-name = "kill"
-model = "model"
-train = "train.jsonl"
-eval = "eval.jsonl"
-rates = [2e-3, 1e-2, 1e-1]
-seeds = [0]
-slices = 3
-
-[training]
-steps = 12
-batch_size = 4
-dtype = "float32"
-threads = 1
-warmup = 0
-eval_every = 6
-progress = false
-
-[[baseline]]
-name = "peft"
-plan = { rank = 4 }
-
-[[challenger]]
-name = "half"
-plan = { score = "aletheia", layers = 50, rank = 4, probe_batches = 2 }
-"""
 
 
 @dataclass
@@ -140,7 +116,7 @@ def make_files(directory: Path) -> None:
             letters, length = ("abcdefgh" * 4)[draw.randrange(8) :], draw.randint(6, 20)
             lines.append({"prompt": " ".join(letters[:4]), "completion": " ".join(letters[4:length])})
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (directory / "task.toml").write_text(TASK)
+    (directory / "task.toml").write_text(task_text("kill", "model", steps=12))
 
 
 def train(
@@ -257,18 +233,6 @@ def count_writes(act: Callable[[], object]) -> int:
     finally:
         files._write, prefix_store._write = before
     return count
-
-
-class AtStep(TrainerCallback):
-    """Does something to the model when a step begins."""
-
-    def __init__(self, step: int, act: Callable[[Any], None]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.act(model)
 
 
 class Watch(TrainerCallback):

@@ -1,6 +1,6 @@
 """Trains for thousands of steps and looks for what grows: memory, threads, file handles, objects.
 
-    python tests/robustness/soak.py --steps 2000 --json runs/soak.json
+    python -m tests.robustness.soak --steps 2000 --json runs/soak.json
 
 The model is task R1's (`benchmarks/step.py`) made small: a Llama of four layers, the upper half adapted. Every step
 has another length. The slope of the resident memory over the steps is fitted by least squares, the first
@@ -32,7 +32,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import psutil
 import torch
-from fuzz import tokenizer
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -42,6 +41,8 @@ from aletheia_tune.environment import machine_facts, versions
 from aletheia_tune.kernels import use_kernels
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune
+from tests.at_step import AtStep
+from tests.robustness.fuzz import tokenizer
 
 LENGTHS = range(16, 129)
 BATCH = 2
@@ -160,33 +161,23 @@ def patched_and_restored(cycles: int) -> dict[str, Any]:
     return {"cycles": cycles, "objects_more": len(gc.get_objects()) - objects, **meter.growth()}
 
 
-class Gate(TrainerCallback):
-    """Opens for another thread when the first step begins."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.open.set()
-
-
 def two_at_once(steps: int, directory: Path) -> dict[str, Any]:
     """Two trainings in threads and each alone; the second begins once the first has drawn its adapters' weights."""
     configs = [dataclasses.replace(CONFIG, steps=steps, seed=seed) for seed in (0, 1)]
     errors: list[BaseException] = []
-    gate = Gate()
+    begun = threading.Event()
 
     def run(name: str, seed: int, callback: TrainerCallback | None = None) -> None:
         try:
             train(directory / name, configs[seed], seed, callback)
         except BaseException as error:
             errors.append(error)
-            gate.open.set()
+            begun.set()
 
-    first = threading.Thread(target=run, args=("first", 0, gate))
+    first = threading.Thread(target=run, args=("first", 0, AtStep(1, lambda _: begun.set())))
     second = threading.Thread(target=run, args=("second", 1))
     first.start()
-    gate.open.wait()
+    begun.wait()
     second.start()
     overlapped = first.is_alive()
     first.join()

@@ -12,7 +12,8 @@ from typing import Any
 
 def run(script: str, json_file: Path, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), *arguments, "--json", str(json_file)],
+        [sys.executable, "-m", f"tests.robustness.{script}", *arguments, "--json", str(json_file)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -22,7 +23,7 @@ def run(script: str, json_file: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_killed_work_goes_on_to_the_same_adapters(tmp_path):
-    found = run("kill.py", tmp_path / "kill.json", "--count", "4")
+    found = run("kill", tmp_path / "kill.json", "--count", "4")
     assert found["lost"] == []
     assert set(found["tried"]["kill"]) == {"train", "cache", "race"}
     ways = ("in a write", "after a time", "one arm")
@@ -32,7 +33,7 @@ def test_killed_work_goes_on_to_the_same_adapters(tmp_path):
 
 
 def test_nothing_grows(tmp_path):
-    found = run("soak.py", tmp_path / "soak.json", "--steps", "60", "--cycles", "20")
+    found = run("soak", tmp_path / "soak.json", "--steps", "60", "--cycles", "20")
     assert found["lost"] == []
     assert found["training"]["steps"] == 60
     assert found["two at once"]["adapters_as_alone"] == 2

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from aletheia_kernels import triton
 
@@ -21,6 +22,25 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no card: TRITON_INTERPRET=1 runs these tests without one")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def model(device: torch.device) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                pad_token_id=0,
+            )
+        )
+    return model.to(device)
 
 
 @pytest.fixture(autouse=True)

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aletheia_kernels import lora_experts
 from aletheia_kernels.triton import experts as kernels
+from tests.drawn import DTYPES
 from tests.experts_case import Case
-
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
 
 
 @pytest.fixture
 def check(guarded, two_times_rule):
-    """Holds a case on the device, between margins of NaN, to the two-times rule."""
+    """Holds a case on the device, between margins of NaN unless placed otherwise, to the two-times rule."""
 
-    def run(case: Case, dtype: torch.dtype, adapters: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    def run(
+        case: Case, dtype: torch.dtype, adapters: torch.dtype | None = None, place=guarded
+    ) -> dict[str, torch.Tensor]:
         plain, exact = case.plain(dtype), case.plain(torch.float64)
-        on_device = case.moved(guarded)
-        leaves = [
-            guarded(t.to(as_dtype)).requires_grad_()
-            for t, as_dtype in (
-                (case.x, dtype),
-                (case.lora_A, adapters or dtype),
-                (case.lora_B, adapters or dtype),
-            )
-        ]
-        y = lora_experts(
-            leaves[0], on_device.weight, *leaves[1:], on_device.scalings, on_device.offs, on_device.ranks
-        )
-        ours = on_device.results(y, leaves)
+        ours = case.ours(place, adapters)
         for name in exact:
             two_times_rule(name, ours[name], plain[name], exact[name])
         return ours
@@ -43,7 +29,7 @@ def check(guarded, two_times_rule):
 
 
 @DTYPES
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=4)
 @given(
     group=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 40)), min_size=1, max_size=3),
     in_features=st.integers(1, 100),
@@ -78,26 +64,20 @@ def test_wide_master_adapters_in_pefts_layout(check):
 
 
 @DTYPES
-def test_strided_operands(check, two_times_rule, device, dtype):
+def test_strided_operands(check, device, dtype):
     case = Case.draw((9, 0, 14), (3, 5, 8), 24, 20, dtype, spare=1)
-    plain, exact = case.plain(dtype), case.plain(torch.float64)
 
     def every_other(t: torch.Tensor) -> torch.Tensor:
         holder = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype, device=device)
         holder[..., ::2] = t.to(device)
         return holder[..., ::2]
 
-    case = case.moved(lambda t: every_other(t) if t.is_floating_point() else t.to(device))
-    leaves = [t.requires_grad_() for t in (case.x, case.lora_A, case.lora_B)]
-    y = lora_experts(leaves[0], case.weight, *leaves[1:], case.scalings, case.offs, case.ranks)
-    ours = case.results(y, leaves)
-    for name in exact:
-        two_times_rule(name, ours[name], plain[name], exact[name])
+    check(case, dtype, place=lambda t: every_other(t) if t.is_floating_point() else t.to(device))
 
 
 def test_a_run_repeats_bit_for_bit(device):
-    case = Case.draw((40, 0, 70), (3, 5, 16), 48, 40, torch.bfloat16).moved(lambda t: t.to(device))
-    first, again = case.ours(torch.bfloat16), case.ours(torch.bfloat16)
+    case = Case.draw((40, 0, 70), (3, 5, 16), 48, 40, torch.bfloat16)
+    first, again = (case.ours(lambda t: t.to(device)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], again[name]), name
 

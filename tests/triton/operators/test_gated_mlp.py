@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,20 +12,12 @@ from aletheia_kernels.gated_mlp import ACTIVATIONS
 from aletheia_kernels.triton import gated_mlp
 from aletheia_kernels.triton.cards import CARDS
 from aletheia_kernels.triton.launch import recording
+from tests.drawn import DTYPES
 from tests.gated_mlp_case import Case
-
-SETTINGS = settings(
-    max_examples=4,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
 
 
 @DTYPES
-@SETTINGS
+@settings(max_examples=4)
 @given(
     tokens=st.integers(0, 100),
     sizes=st.tuples(st.integers(1, 100), st.integers(1, 100), st.integers(1, 100)),

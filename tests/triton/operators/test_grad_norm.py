@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,15 +21,9 @@ from aletheia_kernels import (
 from aletheia_kernels.triton import grad_norm
 from aletheia_kernels.triton.cards import CARDS, Card
 from aletheia_kernels.triton.launch import recording
+from tests.drawn import DTYPES
 
-SETTINGS = settings(
-    max_examples=6,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
+SETTINGS = settings(max_examples=6)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ import triton.language as tl
 from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, apply_liger_kernel_to_llama
 from liger_kernel.transformers.model.llama import lce_forward
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from aletheia_kernels.triton import interpreted
@@ -50,23 +49,12 @@ def liger_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def model(device):
+def model(model):
+    """The lane's model, with adapters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        bare = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=50,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                pad_token_id=0,
-            )
-        )
         config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-        return get_peft_model(bare, config).to(device)
+        return get_peft_model(model, config)
 
 
 def step(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

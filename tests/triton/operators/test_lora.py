@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,16 +13,8 @@ from aletheia_kernels import triton
 from aletheia_kernels.triton import lora
 from aletheia_kernels.triton.cards import CARDS
 from aletheia_kernels.triton.launch import recording
+from tests.drawn import DTYPES
 from tests.lora_case import Case
-
-SETTINGS = settings(
-    max_examples=4,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
 
 
 def check(case: Case, ours: dict[str, Tensor], dtype: torch.dtype, rule) -> None:
@@ -32,7 +24,7 @@ def check(case: Case, ours: dict[str, Tensor], dtype: torch.dtype, rule) -> None
 
 
 @DTYPES
-@SETTINGS
+@settings(max_examples=4)
 @given(
     tokens=st.integers(0, 100),
     features=st.integers(1, 100),

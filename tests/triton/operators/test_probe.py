@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aletheia_kernels import triton
 from aletheia_kernels.triton import grad_norm
 from aletheia_tune.probe import probe
-
-
-@pytest.fixture
-def model(device):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=50,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                pad_token_id=0,
-            )
-        )
-    return model.to(device)
 
 
 @pytest.fixture
