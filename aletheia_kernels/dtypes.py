@@ -13,7 +13,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def has_vendor_products(dtype: torch.dtype) -> bool:
     """Whether this processor's products in a floating dtype are a vendor library's.
 
-    Half precision is oneDNN's: bfloat16 from AVX-512 on and on Arm with the bf16 extension, float16 from AVX512-FP16 on.
+    Half precision is oneDNN's: bfloat16 from AVX-512 on and on Arm with the bf16 extension, float16 from AVX512-FP16.
     Without it torch multiplies in scalar loops: on an AVX2 processor, the product for a linear's input gradient took 90
     times as long in bfloat16 as in float32.
     """
