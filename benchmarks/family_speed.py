@@ -218,7 +218,13 @@ random bf16 weights, {TOKENS} tokens, half of them labelled, rank {RANK}, AdamW;
 layers are. PEFT's adapters are in bf16, its fastest way that needs no compiler. Every arm takes a step in turn on one
 copy of the frozen weights. A cell is PEFT's seconds over ours: the median of the rounds, the least and the largest;
 above 1 ours is faster. *Published half*: the layers that the published score prefers on this model; *upper half*: those
-that let the backward pass end soonest. Mixtral has adapters on its attention alone."""
+that let the backward pass end soonest. Mixtral has adapters on its attention alone.
+
+What the operators save is the work beside the frozen products: the adapters', the passes over activations around them,
+the MLP's and the head's. The frozen products take both arms the same time, and their share of a step grows with the
+width, so the wider the layer, the less there is to win; Mixtral's experts, most of its step, have no adapters here. The
+published half, on these random weights, holds layer 0 of every model, so its backward pass is as long as that of all
+layers and it is hardly quicker; the upper half's is half as long."""
 
 
 def markdown(rows: dict[str, dict[str, Any]], facts: dict[str, str]) -> str:
