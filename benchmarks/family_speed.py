@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import transformers as tf
+from matplotlib.figure import Figure
 from peft import get_peft_model
 from torch import Tensor
 
@@ -211,6 +213,39 @@ COLUMNS = {
 }
 
 
+# Of the columns, those whose points the picture shows, with their colours and shapes.
+DRAWN = {
+    "uniform": ("#0072b2", "o"),
+    "published half": ("#4a4f57", "s"),
+    "PEFT uniform over our upper half": ("#d55e00", "D"),
+}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "aletheia", "font.family": "DejaVu Sans", "font.size": 10}
+
+
+def picture(rows: dict[str, dict[str, Any]]) -> Figure:
+    """A line for each model, with a median and its range for each ratio drawn."""
+    figure = Figure(figsize=(8.4, 0.42 * len(rows) + 1.3), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    for place, (column, (colour, shape)) in enumerate(DRAWN.items()):
+        found = [ratio(row, *COLUMNS[column]) for row in rows.values()]
+        middles = [middle for middle, _, _ in found]
+        ranges = [[middle - low for middle, low, _ in found], [high - middle for middle, _, high in found]]
+        y = [index + 0.24 * (place - 1) for index in range(len(rows))]
+        axes.errorbar(
+            middles, y, xerr=ranges, fmt=shape, color=colour, markersize=5, elinewidth=1, label=column
+        )
+    axes.axvline(1.0, color="#1b1e23", linewidth=1)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("seconds of PEFT's step over ours: median, least and largest of the rounds")
+    axes.grid(axis="x", color="#d5d9df")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=len(DRAWN), frameon=False)
+    return figure
+
+
 HEAD = f"""# Speed by model
 
 Made by `python benchmarks/family_speed.py --write docs/family-speed.md`. A few layers at each model's true width with
@@ -227,10 +262,12 @@ published half, on these random weights, holds layer 0 of every model, so its ba
 layers and it is hardly quicker; the upper half's is half as long."""
 
 
-def markdown(rows: dict[str, dict[str, Any]], facts: dict[str, str]) -> str:
-    """The page: ratios of a step's seconds; above 1 ours is faster."""
+def markdown(rows: dict[str, dict[str, Any]], facts: dict[str, str], drawing: str) -> str:
+    """The page: ratios of a step's seconds; above 1 ours is faster. `drawing` is the file with the picture."""
     lines = [
         *HEAD.splitlines(),
+        "",
+        f"![PEFT's seconds of a step over ours, model by model]({drawing})",
         "",
         f"| model | layers here | the published half | PEFT uniform, s | {' | '.join(COLUMNS)} |",
         f"|---|---:|---:|---:|{'---:|' * len(COLUMNS)}",
@@ -262,7 +299,9 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="keeps what is measured there, size by size, and goes on from it"
     )
-    parser.add_argument("--write", type=Path, help="Markdown file to write the table into, between its marks")
+    parser.add_argument(
+        "--write", type=Path, help="Markdown file to write the page to, and beside it the picture"
+    )
     options = parser.parse_args()
     strays = [name for name in options.sizes if name not in SIZES]
     if strays:
@@ -283,7 +322,10 @@ def main() -> None:
             print(row_of(name, kept["sizes"][name]), flush=True)
     if options.write:
         rows = {name: kept["sizes"][name] for name in SIZES if name in kept["sizes"]}
-        files.write_text(options.write, markdown(rows, kept["machine"]), overwrite=True)
+        drawing = options.write.with_suffix(".svg")
+        files.write_text(options.write, markdown(rows, kept["machine"], drawing.name), overwrite=True)
+        with matplotlib.rc_context(STYLE):
+            picture(rows).savefig(drawing, metadata={"Date": None})
 
 
 if __name__ == "__main__":
