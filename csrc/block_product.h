@@ -196,7 +196,7 @@ class PackedB {
     stride_ = padded_ * kLanes;
     if (when == When::kBefore) data_ = Scratch<uint16_t>((outer_ + kLanes - 1) / kLanes * stride_);
   }
-  PackedB(const at::Tensor& t, Packing as, When when = When::kBefore) : PackedB(rows_of(t), as, when) {}
+  PackedB(const at::Tensor& t, Packing as, When when = When::kBefore) : PackedB(rows_of(t), as, when) { owner_ = t; }
 
   static constexpr int64_t kUnit = kMaxPanels * kLanes;  // columns
 
@@ -238,6 +238,7 @@ class PackedB {
       for (int64_t j = 0; j < kLanes; ++j) _mm512_storeu_si512(target + (pair + j) * 2 * kLanes, block[j]);
     }
   }
+  at::Tensor owner_;  // of the source's memory, which may be a copy that only this keeps
   Rows source_;
   Packing as_;
   When when_;

@@ -14,8 +14,6 @@ namespace {
 
 constexpr int64_t kTokens = 64;  // tokens interleaved at a time: a few thousand features of them fit second-level cache
 
-inline at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
-
 // W as the B of x Wᵀ (forward) and of dy W (backward), whichever way it lies in memory.
 inline PackedB forward_weight(const at::Tensor& w, When when) {
   return w.stride(1) != 1 && w.stride(0) == 1 ? PackedB(w.t(), Packing::kRows, when)
@@ -41,12 +39,6 @@ inline std::vector<at::Tensor> readable(at::TensorList tensors) {
   std::vector<at::Tensor> out;
   for (const at::Tensor& t : tensors) out.push_back(with_unit_columns(narrow_all ? t : t.to(at::kFloat)));
   return out;
-}
-
-inline std::vector<int64_t> offsets_of(at::TensorList tensors, int64_t dim) {
-  std::vector<int64_t> offsets{0};
-  for (const at::Tensor& tensor : tensors) offsets.push_back(offsets.back() + tensor.size(dim));
-  return offsets;
 }
 
 // Adapters that read one input: where each one's ranks lie side by side, and its factors as float32 or bfloat16 rows.

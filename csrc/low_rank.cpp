@@ -12,6 +12,7 @@
 
 #include "instruction_set.h"
 #include "low_rank_kernels.h"
+#include "operators.h"
 
 namespace aletheia::low_rank {
 namespace {
@@ -84,12 +85,6 @@ struct Operand {
   operator Packed() const { return {data.const_data_ptr<float>(), inner, outer}; }
 };
 
-std::vector<int64_t> offsets_of(at::TensorList tensors, int64_t dim) {
-  std::vector<int64_t> offsets{0};
-  for (const at::Tensor& tensor : tensors) offsets.push_back(offsets.back() + tensor.size(dim));
-  return offsets;
-}
-
 // The stacked A as [inner, outer]: transposed for shrink, as it stands for the input gradient.
 template <typename T>
 Operand pack_stacked(int64_t lanes, at::TensorList lora_As, bool transposed) {
@@ -102,8 +97,6 @@ Operand pack_stacked(int64_t lanes, at::TensorList lora_As, bool transposed) {
   if (transposed) return Operand(lanes, features, ranks, [&](int64_t k, int64_t n) { return at_rank(n, k); });
   return Operand(lanes, ranks, features, at_rank);
 }
-
-at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 std::optional<Mask> mask_from(const std::optional<Dropout>& dropout, int64_t first) {
   if (!dropout) return std::nullopt;

@@ -12,6 +12,15 @@ namespace aletheia {
 // The dtype that sums are carried in.
 inline at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
+inline at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
+
+// Where each of the tensors begins when they are joined along a dimension, and where the last one ends.
+inline std::vector<int64_t> offsets_of(at::TensorList tensors, int64_t dim) {
+  std::vector<int64_t> offsets{0};
+  for (const at::Tensor& tensor : tensors) offsets.push_back(offsets.back() + tensor.size(dim));
+  return offsets;
+}
+
 // Whether malloc took the settings.
 bool tune_allocator();
 

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from aletheia_kernels import backends, range_attention
 from aletheia_tune.layers import bare_model
+from aletheia_tune.torch_state import version_of
 
 NAME = "aletheia"
 # What other attention functions are given that changes the result and that the operator does not know.
@@ -47,9 +48,9 @@ def _ranges(
         last = position if causal else torch.full_like(position, length)
         return torch.zeros_like(last).expand(batch, length), last.expand(batch, length)
     version, found = _known.get(mask, (None, None))
-    if version != mask._version:
+    if version != version_of(mask):
         found = ranges_of(mask)
-        _known[mask] = (mask._version, found)
+        _known[mask] = (version_of(mask), found)
     if found is None:
         return None
     first, last = found

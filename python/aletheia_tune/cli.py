@@ -358,7 +358,7 @@ def plan(
         str | None,
         typer.Option(
             help="At most: a share of the uniform plan's step time, as 60% (needs --calibration; chooses layers, "
-            "modules and ranks), or a number of trainable parameters (by-score)."
+            "modules and ranks), or a number of parameters of adapters (by-score)."
         ),
     ] = None,
     calibration: Annotated[

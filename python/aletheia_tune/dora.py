@@ -20,8 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from aletheia_tune.quantised import scheme_of
+from aletheia_tune.torch_state import version_of
 
-# ‖W_i‖² by row of weights and the version they are of. Keyed by the tensor object, which holds no reference to it.
+# ‖W_i‖² by row of weights and the contents they are of. Keyed by the tensor object, which holds no reference to it.
 _row_norms_sq_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -43,10 +44,12 @@ def dora_reason(layer: Any, adapter_name: str) -> str | None:
 
 
 def _row_norms_sq(weight: Tensor) -> Tensor:
-    version, norms = _row_norms_sq_of.get(weight, (None, None))
-    if norms is None or version != weight._version or norms.device != weight.device:
+    # `weight.data = other` changes the contents and no version.
+    contents = version_of(weight), weight.data_ptr()
+    known, norms = _row_norms_sq_of.get(weight, (None, None))
+    if norms is None or known != contents or norms.device != weight.device:
         norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).square()
-        _row_norms_sq_of[weight] = (weight._version, norms)
+        _row_norms_sq_of[weight] = (contents, norms)
     return norms
 
 

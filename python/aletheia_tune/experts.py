@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import aletheia_kernels
 from aletheia_kernels.backends import BackendError
-from aletheia_tune.lora_layers import Replacement, active_adapter, is_hooked
+from aletheia_tune.lora_layers import Replacement, active_adapter
+from aletheia_tune.torch_state import is_hooked
 
 # What a module of transformers' experts interface says of itself.
 FACTS = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "config")

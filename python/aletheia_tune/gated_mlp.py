@@ -15,12 +15,13 @@ from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
     dropout_p,
-    is_hooked,
     is_lora_linear,
     serves,
     structural_reason,
+    undisturbed,
 )
 from aletheia_tune.quantised import bias_of, product_dtype, scheme_of, unknown_quantisation, weight_of
+from aletheia_tune.torch_state import is_hooked
 
 # The names under which transformers' models keep down(act(gate(x)) ⊙ up(x)).
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -60,7 +61,7 @@ def activation_of(module: nn.Module) -> str | None:
     """The activation of a gated MLP that the operator computes; None for any other module.
 
     A module counts when it holds the parts under their names, and its own forward gives, bit for bit, what the parts
-    composed give on a random input.
+    composed give on a random input, in evaluation and in training: some drop out of their output.
     """
     parts: list[Any] = [getattr(module, name, None) for name in PARTS]
     act = getattr(module, ACTIVATION, None)
@@ -74,13 +75,19 @@ def activation_of(module: nn.Module) -> str | None:
     if activation is None or isinstance(module.__dict__.get("forward"), Replacement):
         return activation
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, gate.in_features, generator=generator).to(gate.weight.device, dtype)
+    x = torch.randn(16, gate.in_features, generator=generator).to(gate.weight.device, dtype)
     try:
-        with torch.no_grad():
-            composed = parts[2](act(parts[0](x)) * parts[1](x))
-            return activation if torch.equal(module(x), composed) else None
+        with undisturbed(module):
+            for training in (False, True):
+                module.train(training)
+                torch.manual_seed(0)  # for the dropout of adapters, which both apply
+                composed = parts[2](act(parts[0](x)) * parts[1](x))
+                torch.manual_seed(0)
+                if not torch.equal(module(x), composed):
+                    return None
     except (TypeError, RuntimeError, ValueError):  # its forward wants other arguments
         return None
+    return activation
 
 
 class GatedMlpForward(Replacement):
@@ -89,6 +96,7 @@ class GatedMlpForward(Replacement):
     def __init__(self, module: nn.Module, activation: str) -> None:
         super().__init__(module)
         self.activation = activation
+        self.act = getattr(module, ACTIVATION)
         parts = (getattr(module, name) for name in PARTS)
         self.quantised = any(scheme_of(getattr(part, "base_layer", part)) is not None for part in parts)
 
@@ -122,7 +130,9 @@ class GatedMlpForward(Replacement):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # A compiled graph would keep the dequantised weight for its backward pass.
         left = self.quantised and torch.compiler.is_compiling()
-        names = () if args or kwargs or left else PARTS
+        act = getattr(self.module, ACTIVATION)
+        changed = act is not self.act or (isinstance(act, nn.Module) and is_hooked(act))
+        names = () if args or kwargs or left or changed else PARTS
         parts = [self._projection(getattr(self.module, name), x) for name in names]
         known = [part for part in parts if part is not None]
         if len(known) < len(PARTS):

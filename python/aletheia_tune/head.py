@@ -26,6 +26,7 @@ from aletheia_kernels.backends import BackendError
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model
 from aletheia_tune.sharding import is_sharded, require_whole
+from aletheia_tune.torch_state import is_hooked, version_of
 
 _CALIBRATION_TOKENS = 8
 
@@ -84,7 +85,7 @@ class _Head:
     def forward(self, hidden: Tensor) -> Tensor:
         if not self.labels_given:
             return self.original_head(hidden)
-        self.handed_out, self.version = hidden, hidden._version
+        self.handed_out, self.version = hidden, version_of(hidden)
         return hidden
 
     def loss(
@@ -109,7 +110,7 @@ class _Head:
                 **kwargs,
             )
         hidden, self.handed_out = self.handed_out, None
-        if hidden._version != self.version or not self._came_through(logits, hidden):
+        if version_of(hidden) != self.version or not self._came_through(logits, hidden):
             raise _TouchedLogits
         if is_sharded(self.head.weight):
             raise UserError(
@@ -250,7 +251,7 @@ def _examine(model: Any) -> tuple[str | None, _Between]:
         return "it has no linear output embedding", _Between()
     if not hasattr(type(model), "loss_function"):
         return "its loss function cannot be set", _Between()
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or hasattr(head, "base_layer"):
+    if is_hooked(head) or hasattr(head, "base_layer"):
         return "its head is hooked or adapted", _Between()
     if any(parameter.requires_grad for parameter in head.parameters()):
         return "its head is being trained", _Between()

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from aletheia_tune.dora import dora_reason, is_dora
 from aletheia_tune.quantised import product_dtype, scheme_of, unknown_quantisation
 from aletheia_tune.sharding import is_sharded
+from aletheia_tune.torch_state import is_hooked
 
 # Of a linear with a plain weight and with a quantised one; by name, since PEFT's own modules import the libraries.
 _LORA_LINEARS = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
@@ -51,16 +52,6 @@ class Replacement:
             del self.module.__dict__["forward"]
         else:
             self.module.__dict__["forward"] = self.replaced
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook wants to see the module's calls."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _class_name(layer: object) -> str:
@@ -150,6 +141,12 @@ def dropout_p(layer: LoraLinear) -> float:
     """The dropout probability that a call would apply now."""
     dropout = layer.lora_dropout[active_adapter(layer)]
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def has_dropout(layer: LoraLinear) -> bool:
+    """Whether a call would apply dropout in training."""
+    dropout = layer.lora_dropout[active_adapter(layer)]
+    return isinstance(dropout, nn.Dropout) and dropout.p > 0.0
 
 
 def active_adapter(layer: LoraLayer) -> str:

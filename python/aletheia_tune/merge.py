@@ -95,7 +95,9 @@ def _adapted(model: Any, config: LoraConfig, adapter: Path) -> Any:
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{fits}: {error}") from error
     expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    for name in sorted(expected ^ found):
+    # PEFT saves the base weight of an adapted embedding or head besides, and has loaded it into the model.
+    known = expected | {name for name in peft_model.state_dict() if ".base_layer." in name}
+    for name in sorted((expected - found) | (found - known)):
         raise UserError(f"{fits}: {'it lacks' if name in expected else 'the model has no place for'} {name}")
     return peft_model
 

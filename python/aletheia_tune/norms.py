@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from aletheia_kernels import backends, cpu, rms_norm, rotary
 from aletheia_kernels.autocast import outside_autocast
+from aletheia_tune.torch_state import is_hooked
 
 _NORM_NAMES = ("RMSNorm", "LayerNorm")
 _EPS_NAMES = ("variance_epsilon", "eps")
@@ -105,12 +106,7 @@ def _form_of(module: nn.Module, weight: Tensor, eps: float) -> _Form | None:
 def _norm_or_reason(module: Any) -> _Form | str:
     if "forward" in module.__dict__:
         return "its forward is already replaced"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if is_hooked(module):
         return "a hook is registered on it"
     eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
     weight = getattr(module, "weight", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
     dropout_p,
+    has_dropout,
     serves,
     state_reason,
     structural_reason,
@@ -35,6 +36,7 @@ from aletheia_tune.lora_layers import (
 )
 from aletheia_tune.quantised import bias_of, product_dtype, scheme_of, weight_of
 from aletheia_tune.sharding import require_whole
+from aletheia_tune.torch_state import version_of
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,21 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
     )
     for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
         if rescaled[index]:
-            y = outputs[index] * magnitude_over_norm(layer, name).to(x.dtype)
+            # The magnitude is near the norm: bfloat16 holds their ratio's distance from 1 far better than the ratio.
+            y, beyond_one = outputs[index], magnitude_over_norm(layer, name) - 1
+            y = torch.addcmul(y, y, beyond_one.to(y.dtype))
             outputs[index] = y if bases[index].bias is None else y + bases[index].bias
     # A quantised weight may be multiplied in another dtype than its input's, in which its output goes on.
     return outputs if scheme_of(bases[0]) is None else [y.to(x.dtype) for y in outputs]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Outputs by layer of one tensor, and its version and grad mode when they were computed."""
+
+    source: Tensor
+    key: tuple[int, bool]
+    outputs: dict[int, Tensor]
 
 
 @dataclass
@@ -107,24 +120,21 @@ class _Siblings:
 
     An output is handed on only for the very tensor object, unmodified, in the grad mode it was computed for; in every
     other case the caller computes afresh, so a wrong guess about who are siblings costs time and never correctness.
+    Nor does a call from another thread: what is kept is one record, read once and replaced as a whole.
     """
 
     layers: list[LoraLinear]
-    source: Tensor | None = None
-    key: tuple[int, bool] = (0, False)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def _key(x: Tensor) -> tuple[int, bool]:
-        return (0 if x.is_inference() else x._version), torch.is_grad_enabled()
+    kept: _Kept | None = None
 
     def run(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        if x is self.source and self._key(x) == self.key:
-            if id(layer) not in self.outputs:  # left out, or here again: what is kept is the others'
+        key = version_of(x), torch.is_grad_enabled()
+        kept = self.kept
+        if kept is not None and x is kept.source and key == kept.key:
+            output = kept.outputs.pop(id(layer), None)
+            if not kept.outputs:
+                self.kept = None
+            if output is None:  # left out, or here again: what is kept is the others'
                 return _compute([layer], x)[0]
-            output = self.outputs.pop(id(layer))
-            if not self.outputs:
-                self.source = None
             return output
         probability, dtype = dropout_p(layer), product_dtype(layer.base_layer, x)
         members = [
@@ -139,7 +149,7 @@ class _Siblings:
         ]
         outputs = {id(member): y for member, y in zip(members, _compute(members, x), strict=True)}
         mine = outputs.pop(id(layer))
-        self.outputs, self.source, self.key = outputs, x if outputs else None, self._key(x)
+        self.kept = _Kept(x, key, outputs) if outputs else None
         return mine
 
 
@@ -176,7 +186,7 @@ def _observe_siblings(
             if args and isinstance(args[0], Tensor):
                 alive.append(args[0])
                 parent = name.rpartition(".")[0]
-                names = seen.setdefault((parent, id(args[0]), args[0]._version), [])
+                names = seen.setdefault((parent, id(args[0]), version_of(args[0])), [])
                 if name not in names:
                     names.append(name)
 
@@ -276,11 +286,16 @@ def apply_kernels(
     for wrappers in experts:
         outermost: Any = wrappers[0]
         outermost.forward = ExpertsForward(wrappers)
-    with undisturbed(model):
-        mlps = apply_gated_mlps(model)
+    mlps = apply_gated_mlps(model)
+    dropped = 0
     for mlp in mlps:
         parts = tuple(name for part in PARTS if (name := f"{mlp}.{part}") in layers and not reasons[name])
-        siblings_of.update(dict.fromkeys(parts, parts))
+        if any(has_dropout(layers[name]) for name in parts):
+            dropped += 1
+        else:
+            siblings_of.update(dict.fromkeys(parts, parts))
+    if dropped:
+        notes.append(f"{dropped} gated MLPs are one call in evaluation alone: their adapters have dropout")
     bare = sum(not any(f"{mlp}.{part}" in layers for part in PARTS) for mlp in mlps)
     if bare:
         notes.append(f"{bare} gated MLPs without adapters run on the operator as well")

@@ -406,7 +406,8 @@ def make_plan(
         seed: of the control "random".
         ranks: "uniform" (``rank``); "by-type" (``attention_rank``, ``mlp_rank``, and ``rank`` for what is
             neither); "by-score" (in proportion to each module's score; see `ranks_by_score`).
-        budget: with "by-score", the most trainable parameters; by default what ``rank`` on each module would cost.
+        budget: with "by-score", the most parameters of the adapters, beside what is trained in full; by default what
+            ``rank`` on each module would cost.
         alpha: of every module; by default 2 · its rank, so that alpha / rank is 2 (the published 32 / 16)
             throughout.
         rslora: scale adapters by alpha / √rank (arXiv 2312.03732), by default 8 / √rank, which is 2 at rank 16.

@@ -42,6 +42,8 @@ TIE = 1e-3
 WIDENINGS = 6
 # Of the run at equal time, for its curve.
 EQUAL_TIME_EVALUATIONS = 5
+# Of a weight file, what tells it from another of the same shapes.
+PAGE, SAMPLED_PAGES = 4096, 64
 STATE = "task.json"
 VERDICT = "verdict.json"
 
@@ -106,14 +108,28 @@ class RaceTask:
         return tuple(contestant for contestant in self.contestants if not contestant.baseline)
 
     def digest(self) -> str:
-        """A hash of the configuration of the model and the contents of the data files and calibrations."""
+        """A hash of the model (its configuration, tokenizer and a sample of its weights), data and calibrations."""
         content = hashlib.sha256()
         calibrations = sorted({one.recipe.calibration for one in self.contestants if one.recipe.calibration})
         shared = (Path(self.model) / "config.json", self.train, self.eval, self.other_text)
-        for path in (*shared, *calibrations):
+        for path in (*shared, *sorted(Path(self.model).glob("tokenizer*.json")), *calibrations):
             if path is not None:
                 content.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        for path in sorted(Path(self.model).glob("*.safetensors")):
+            content.update(_sampled(path))
         return content.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """A hash of a file's length and of pages spread over it: weights that were trained anew differ nearly anywhere."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        content.update(str(length).encode())
+        for place in range(SAMPLED_PAGES):
+            file.seek(max(length - PAGE, 0) * place // (SAMPLED_PAGES - 1))
+            content.update(file.read(PAGE))
+    return content.digest()
 
 
 def read_task(path: str | os.PathLike[str]) -> RaceTask:

@@ -1061,6 +1061,9 @@ def _made(
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"use_configured_state": take_state},
     )
+    # On more cards than one the Trainer would wrap the model in nn.DataParallel: the replicas' forwards would be the
+    # operators of the first card's modules. Several cards take a process each.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = _Trainer(
         model=run.model,
         args=arguments,

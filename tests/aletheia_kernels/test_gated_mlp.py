@@ -66,19 +66,28 @@ def test_saturated_gates_stay_finite(backend, two_times_rule, activation):
         two_times_rule(name, ours[name], plain[name], exact[name])
 
 
+def _every_other_column(t: Tensor) -> Tensor:
+    holder = torch.full((t.shape[0], 2 * t.shape[1]), float("nan"), dtype=t.dtype)
+    holder[:, ::2] = t
+    return holder[:, ::2]
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.T.contiguous().T
+
+
+# Rows and widths for which wide registers pack a weight's columns before the product, and as they come to them.
+@pytest.mark.parametrize("weight_layout", [_transposed, _every_other_column])
+@pytest.mark.parametrize(("tokens", "widths"), [(70, (48, 56, 24)), (300, (256, 520, 256))])
 @DTYPES
-def test_strided_operands(backend, two_times_rule, dtype):
-    case = Case.draw(70, (48, 56, 24), (5, 0, 11), dtype)
+def test_strided_operands(backend, two_times_rule, dtype, tokens, widths, weight_layout):
+    case = Case.draw(tokens, widths, (5, 0, 11), dtype)
     plain, exact = case.plain(dtype), case.plain(torch.float64)
-
-    def every_other_column(t: Tensor) -> Tensor:
-        holder = torch.full((t.shape[0], 2 * t.shape[1]), float("nan"), dtype=t.dtype)
-        holder[:, ::2] = t
-        return holder[:, ::2]
-
-    case.weights = [w.T.contiguous().T for w in case.weights]
-    leaves = [every_other_column(t).detach().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)]
-    case.dy = every_other_column(case.dy)
+    case.weights = [weight_layout(w) for w in case.weights]
+    leaves = [
+        _every_other_column(t).detach().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)
+    ]
+    case.dy = _every_other_column(case.dy)
     ours = case.results(case.call(leaves), leaves)
     for name in exact:
         two_times_rule(name, ours[name], plain[name], exact[name])

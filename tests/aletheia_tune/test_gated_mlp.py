@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, SeedOssConfig
 
 import aletheia_kernels
 from aletheia_tune.gated_mlp import activation_of, apply_gated_mlps
@@ -83,6 +83,42 @@ def test_a_model_without_adapters(ranks):
     assert ranks == [[0, 0, 0]] * 2
     assert restore(model) == 2
     assert torch.equal(loss_of(model), before)
+
+
+def test_a_models_own_dropout_stays():
+    torch.manual_seed(0)
+    config = SeedOssConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=12, residual_dropout=0.3, attention_dropout=0.0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert apply_gated_mlps(model) == []
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("what", ["replaced", "hooked"])
+def test_an_activation_that_changes_after_the_patch_is_the_models_own(ranks, what):
+    model = build().requires_grad_(False)
+    apply_gated_mlps(model)
+    mlp = model.model.layers[0].mlp
+    seen = []
+    if what == "replaced":
+        mlp.act_fn = torch.nn.Tanh()
+    else:
+        mlp.act_fn.register_forward_hook(lambda *_: seen.append(what))
+    ranks.clear()
+    after = loss_of(model)
+    assert len(ranks) == 1
+    restore(model)
+    torch.testing.assert_close(after, loss_of(model))
+    assert what == "replaced" or seen
+
+
+def test_the_report_does_not_count_a_call_that_training_never_makes():
+    report = apply_kernels(adapted(lora_dropout=0.5))
+    siblings = {tuple(name.rpartition(".")[2] for name in entry.siblings) for entry in report.entries}
+    assert siblings == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ()}
+    assert "2 gated MLPs are one call in evaluation alone: their adapters have dropout" in str(report)
 
 
 @pytest.mark.parametrize("what", ["hook", "forward", "dropout", "trained"])

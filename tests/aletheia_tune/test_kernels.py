@@ -58,6 +58,16 @@ def test_same_losses_and_gradients_and_everything_put_back(model):
     assert loss_and_gradients(model)[0] == pytest.approx(plain, rel=1e-6)
 
 
+def test_inference_mode_in_training_mode(model):
+    padded = batch()
+    padded["attention_mask"][1, 20:] = 0
+    with torch.no_grad():
+        expected = model(**padded).loss
+    with use_kernels(model), torch.inference_mode():
+        given = model(**{name: tensor.clone() for name, tensor in padded.items()}).loss
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_it_says_what_runs_where(model):
     with use_kernels(model) as kernels:
         lines = str(kernels).splitlines()

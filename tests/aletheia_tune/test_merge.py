@@ -126,6 +126,22 @@ def test_the_merged_model_is_the_sum_rounded_once(store, tmp_path, build, dtype,
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+def test_an_adapted_head_is_merged(store, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    torch.manual_seed(0)
+    directory, adapter = store(config=config)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.arange(12).view(2, 6)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    adapted.save_pretrained(adapter)  # the base weight of the head besides, as PEFT does by default
+    assert any("lm_head.base_layer" in name for name in weights_of(adapter))
+    with torch.no_grad():
+        expected = adapted(input_ids=ids).logits
+        merge_adapter(directory, adapter, tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
 def weights_of(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter / WEIGHTS)
 

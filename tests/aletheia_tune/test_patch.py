@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import aletheia_kernels
+from aletheia_tune.dora import magnitude_over_norm
 from aletheia_tune.errors import UserError
 from aletheia_tune.patch import apply_kernels, restore
 
@@ -359,6 +360,32 @@ def test_dora_from_its_factors(build, options, calls):
         for name, parameter in model.named_parameters():
             if "lora_" in name or "q_proj.base_layer.weight" in name or "query_key_value.base_layer" in name:
                 parameter.mul_(1.5)
+    changed = model(input_ids=ids()).logits
+    restore(model)
+    torch.testing.assert_close(changed, model(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_magnitude_near_the_norm_is_not_rounded_to_bfloat16():
+    model = adapted(use_dora=True).to(torch.bfloat16)
+    apply_kernels(model, strict=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    magnitude.data = magnitude.float()
+    x = torch.randn(512, layer.in_features, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        magnitude.div_(magnitude_over_norm(layer, "default"))
+        before = layer(x).double().norm(dim=0)
+        magnitude.mul_(1.02)  # of which bfloat16 makes 1.0234
+        grown = layer(x).double().norm(dim=0) / before
+    torch.testing.assert_close(grown, torch.full_like(grown, 1.02), rtol=0, atol=1e-3)
+
+
+def test_a_weight_put_in_anothers_place_has_its_own_norm():
+    model = adapted(use_dora=True)
+    apply_kernels(model, strict=True)
+    model(input_ids=ids())
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    weight.data = 2 * weight
     changed = model(input_ids=ids()).logits
     restore(model)
     torch.testing.assert_close(changed, model(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,19 @@ def test_a_calibration_is_beside_the_file_and_part_of_the_task(task_file):
     task_file.write_text(both)
     with pytest.raises(UserError, match="arm half: sampled_depth is in its plan and in its training"):
         read_task(task_file)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_another_models_runs_are_not_taken_for_this_ones(task_file, tmp_path, name):
+    task = read_task(task_file)
+    model = tmp_path / "retrained"
+    shutil.copytree(task.model, model)
+    moved = dataclasses.replace(task, model=str(model))
+    assert moved.digest() == task.digest()
+    content = bytearray((model / name).read_bytes())
+    content[len(content) // 2 :] = bytes(byte ^ 1 for byte in content[len(content) // 2 :])
+    (model / name).write_bytes(content)
+    assert moved.digest() != task.digest()
 
 
 def test_a_run_is_known_by_what_it_depends_on(task_file):
