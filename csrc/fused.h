@@ -15,7 +15,8 @@ namespace aletheia {
 
 namespace fused {
 
-// Whether the instruction set in use has the functions below, and they pay for x of this dtype and number of rows.
+// Whether the instruction set in use has the functions below, and they pay for x of this dtype and number of rows, these
+// weights and the number of threads.
 bool serves(const at::Tensor& x, at::TensorList weights);
 
 // As lora_group_forward and lora_group_backward of operators.h, which see.

@@ -69,6 +69,25 @@ def assert_same_adapter(out: Path, other: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_one_process_trains_on_one_card(tune, tmp_path, monkeypatch):
+    class TwoCards(train.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    class Seeing(train._Trainer):
+        def __init__(self, *args, **options):
+            seen.append(options["args"].n_gpu)
+            super().__init__(*args, **options)
+
+    seen: list[int] = []
+    monkeypatch.setattr(train, "TrainingArguments", TwoCards)
+    monkeypatch.setattr(train, "_Trainer", Seeing)
+    tune(tmp_path / "out", dataclasses.replace(CONFIG, steps=1))
+    assert seen
+    assert max(seen) <= 1
+
+
 def test_learns_and_writes_what_it_says(tune, tmp_path):
     out = tmp_path / "out"
     config = dataclasses.replace(CONFIG, steps=60, eval_every=25)
