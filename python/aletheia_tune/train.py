@@ -601,20 +601,20 @@ def fine_tune(
         progress = _ShowProgress(run, Console(stderr=True, quiet=not shown))
         if resume:
             progress.console.print(keeper.says(), highlight=False, soft_wrap=True)
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         with contextlib.ExitStack() as undo:
+            if config.gradient_checkpointing:
+                undo.enter_context(_checkpointed(model))
             trainer = undo.enter_context(
                 _trainer(run, train_examples, directory, [*callbacks, run, progress])
             )
             kernels: KernelsInUse | None = None
             cut = cut_prefix(peft_model)
+            undo.callback(cut.remove)
             cache: PrefixCache | None = None
             keep: Callable[[PrefixCut], PrefixCache] | None = None
             shrinking: Shrinking | None = None
             if config.init == "gradient" and keeper.found is None:
                 run.start_from_gradient(train_examples)
-            undo.callback(cut.remove)
             undo.callback(progress.close)
             if config.adapter_dtype == "float32":
                 undo.enter_context(float32_weights(peft_model))
@@ -1108,6 +1108,20 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Gradient checkpointing is on while inside the context, and off again afterwards if it was."""
+    was_on = model.is_activation_checkpointing
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if not was_on:
+            # transformers itself takes the hook on the embeddings off only where it put the adapters on.
+            model.disable_input_require_grads()
+            model.activation_checkpointing_disable()
 
 
 @contextlib.contextmanager

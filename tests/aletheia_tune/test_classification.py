@@ -23,6 +23,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from aletheia_tune import cli
@@ -286,6 +288,30 @@ def test_accuracy_is_reported_and_stock_peft_loads_adapters_and_head(
         loss, accuracy = held_out(stock, examples, Collator(0), batch_size)
         assert loss == pytest.approx(result.eval_loss_after, rel=1e-5)
         assert accuracy == result.eval_accuracy_after
+
+
+def test_a_head_of_several_layers_trains_in_float32_and_stock_peft_computes_the_same(tune, tmp_path):
+    config = RobertaConfig(**settings(max_position_embeddings=24, initializer_range=0.05).to_diff_dict())
+    path = saved(tmp_path / "model", lambda: RobertaModel(config))
+    dtypes: list[set[torch.dtype]] = []
+
+    def look(model: Any) -> None:
+        dtypes.append({p.dtype for name, p in model.named_parameters() if "modules_to_save" in name})
+
+    bfloat16 = dataclasses.replace(CONFIG, dtype="bfloat16", learning_rate=2e-3)
+    result = tune(tmp_path / "out", bfloat16, model_dir=path, callbacks=[AtStep(3, look)])
+    assert dtypes == [{torch.float32}]
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    head = {name: tensor.dtype for name, tensor in weights.items() if "lora_" not in name}
+    assert head == dict.fromkeys(
+        (f"base_model.model.classifier.{m}.{w}" for m in ("dense", "out_proj") for w in ("weight", "bias")),
+        torch.bfloat16,
+    )
+    base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=torch.bfloat16)
+    stock = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ids = torch.tensor([[2, 4, 5, 6, 3]])
+    with torch.no_grad():
+        assert torch.equal(result.model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +20,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainerCallback,
 )
 
@@ -30,6 +35,7 @@ from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.rates import parameter_groups
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+from benchmarks.family_table import FAMILIES
 from tests.at_step import AtStep
 
 VOCABULARY = 64
@@ -146,6 +152,170 @@ def test_float32_weights_act_rounded_and_keep_what_rounds_away(build):
         moved = (weight.detach().float() - before[name].float()).mean().item()
         assert moved == pytest.approx(100 * small, rel=0.05)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def roberta() -> nn.Module:
+    config = RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, classifier_dropout=0.3,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
+def t5() -> nn.Module:
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def deberta() -> nn.Module:
+    config = FAMILIES["DeBERTa-v2"].build().config
+    config.pooler_dropout = config.cls_dropout = 0.3
+    return type(FAMILIES["DeBERTa-v2"].build())(config)
+
+
+def tied_llama() -> nn.Module:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    return type(model)(model.config)
+
+
+FULL_OF_ANY_KIND = {
+    "RoBERTa's head": (roberta, ["classifier"], 4),
+    "DeBERTa's pooler": (deberta, ["pooler", "classifier"], 4),
+    "ModernBERT's head": (FAMILIES["ModernBERT"].build, ["head", "classifier"], 4),
+    "embeddings": (llama, ["embed_tokens", "lm_head"], 2),
+    "tied embeddings": (tied_llama, ["embed_tokens", "lm_head"], 1),
+    # Its feed-forward block casts its input to the dtype that it reads off the weight.
+    "T5's wo": (t5, ["wo"], 4),
+    "norms": (llama, ["input_layernorm"], 3),
+}
+
+
+@pytest.mark.parametrize(("build", "names", "count"), FULL_OF_ANY_KIND.values(), ids=FULL_OF_ANY_KIND)
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_of_any_kind_act_rounded(build, names, count, training):
+    torch.manual_seed(0)
+    model = build().bfloat16()
+    targets = ["q_proj", "query", "query_proj", "Wqkv", "q"]
+    config = LoraConfig(
+        target_modules=targets, modules_to_save=names, ensure_weight_tying=build is tied_llama, r=2
+    )
+    model = get_peft_model(model, config).train(training)
+    ids = torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 1, 0]) if "Sequence" in type(model.get_base_model()).__name__ else ids
+
+    def step() -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(2)
+        model.zero_grad()
+        output = model(input_ids=ids, labels=labels)
+        output.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return output.logits.detach(), grads
+
+    full = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(full) == count
+    for name, parameter in full.items():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    expected_logits, expected = step()
+    before = {name: parameter.detach().clone() for name, parameter in full.items()}
+    with float32_weights(model):
+        assert all(parameter.dtype == torch.float32 for parameter in full.values())
+        logits, given = step()
+        assert logits.dtype == expected_logits.dtype
+        assert torch.equal(logits, expected_logits)
+        assert given.keys() == expected.keys()
+        assert full.keys() <= given.keys()
+        for name, gradient in given.items():
+            # The uses of a tied weight add up in float32.
+            rtol = 1e-2 if build is tied_llama and name in full else 0
+            torch.testing.assert_close(gradient, expected[name].to(gradient.dtype), rtol=rtol, atol=rtol)
+        with torch.no_grad():
+            for parameter in full.values():
+                parameter.mul_(1 + 2**-10)
+                assert not torch.equal(parameter, parameter.bfloat16().float())
+        assert torch.equal(step()[0], expected_logits)
+        exact = {name: parameter.detach().clone() for name, parameter in full.items()}
+    assert dict(model.named_parameters()).items() >= full.items()
+    for name, parameter in full.items():
+        assert parameter.grad is None
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, exact[name].bfloat16())
+        assert torch.equal(parameter, before[name])
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class _Counted(nn.Module):
+    """A backbone and a head with statistics of its own, which is called by the names of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.head = _Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(states=self.body(x), scale=2.0)
+
+
+class _Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, *, states: Tensor, scale: float) -> tuple[Tensor, float]:
+        return self.out(self.drop(self.norm(states))) * scale, scale
+
+
+def test_a_heads_mode_statistics_and_hooks_are_its_own():
+    def outcome(float32: bool) -> tuple[list[Tensor], dict[str, Tensor], int]:
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["body"], modules_to_save=["head"])
+        model = get_peft_model(_Counted().bfloat16(), config)
+        head: Any = full_modules(model)[WRAPPED + "head"].modules_to_save["default"]
+        calls: list[nn.Module] = []
+        head.register_forward_hook(lambda *_: calls.append(head))
+        x, outputs = torch.randn(6, 8).bfloat16(), []
+        with float32_weights(model) if float32 else contextlib.nullcontext():
+            assert {p.dtype for p in head.parameters()} == {torch.float32 if float32 else torch.bfloat16}
+            for training in (True, False):
+                logits, scale = model.train(training)(x)
+                assert scale == 2.0
+                outputs.append(logits.detach())
+        return outputs, {name: buffer.clone() for name, buffer in model.named_buffers()}, len(calls)
+
+    (given, buffers, calls), (expected, expected_buffers, expected_calls) = outcome(True), outcome(False)
+    assert calls == expected_calls == 2
+    assert all(map(torch.equal, given, expected))
+    assert buffers.keys() == expected_buffers.keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in expected_buffers.items())
+    moved, still = (
+        buffers[f"{WRAPPED}head.{at}.norm.running_mean"]
+        for at in ("modules_to_save.default", "original_module")
+    )
+    assert moved.any()
+    assert not still.any()
+
+
+def test_a_forward_that_was_replaced_before_runs_and_comes_back():
+    model, _ = hybrid(llama, torch.bfloat16)
+    wrapper: Any = full_modules(model)[WRAPPED + FULL[llama][0]]
+    trained = wrapper.modules_to_save["default"]
+    original, doubled = trained.forward, lambda x: 2 * original(x)
+    trained.forward = doubled
+    expected = loss_and_grads(model)[0]
+    with float32_weights(model):
+        assert torch.equal(loss_and_grads(model)[0], expected)
+    assert trained.forward is doubled
 
 
 def test_float32_weights_are_put_back_after_an_error_and_leave_float32_alone():

@@ -20,6 +20,7 @@ from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.probe import probe
 from aletheia_tune.processes import plan_of_first, scores_of_all
+from aletheia_tune.sampled_depth import sampled_depth
 from aletheia_tune.sharding import is_sharded, laid_out_like, whole
 from aletheia_tune.train import TrainConfig, fine_tune
 from aletheia_tune.whole_checkpoint import load_optimizer, save_checkpoint
@@ -152,6 +153,105 @@ def test_training_goes_on_in_another_layout(layouts, alone, tmp_path):
     assert got.keys() == expected.keys()
     for name, parameter in expected.items():
         torch.testing.assert_close(got[name], parameter.detach(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def lower_layer(model: PeftModel) -> list[nn.Parameter]:
+    return list(find_layers(model).layers[0].parameters())
+
+
+def all_a(model: PeftModel) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
+
+
+@pytest.mark.parametrize("frozen", [lower_layer, all_a])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_frozen_at_the_moment_is_in_the_checkpoint(frozen, sharded, alone, tmp_path):
+    reference = adapted()
+    trained(reference, 5)
+    before = shard(adapted()) if sharded else adapted()
+    optimizer = trained(before, 3)
+    for parameter in frozen(before):
+        parameter.requires_grad_(False)
+    save_checkpoint(before, optimizer, tmp_path / "checkpoint")
+    after = PeftModel.from_pretrained(bare(), tmp_path / "checkpoint", is_trainable=True).train()
+    optimizer = trained(after, 0)
+    load_optimizer(after, optimizer, tmp_path / "checkpoint")
+    assert len(optimizer.state) == len([p for p in after.parameters() if p.requires_grad])
+    trained(after, 2, optimizer)
+    expected = dict(reference.named_parameters())
+    for name, parameter in after.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_depth_drawn_leaves_no_adapter_out(tmp_path):
+    model = adapted()
+    optimizer = trained(model, 1)
+    with sampled_depth(model, {0: 1, 1: 1}, seed=0) as depth:
+        while depth.draw() == 0:
+            pass
+        save_checkpoint(model, optimizer, tmp_path / "checkpoint")
+    after = PeftModel.from_pretrained(bare(), tmp_path / "checkpoint")
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in after.named_parameters())
+
+
+def test_what_is_trained_in_full_is_in_the_checkpoint_though_it_is_frozen(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(bare(), config)
+    optimizer = trained(model, 1)
+    model.requires_grad_(False)
+    save_checkpoint(model, optimizer, tmp_path / "checkpoint")
+    after = PeftModel.from_pretrained(bare(), tmp_path / "checkpoint")
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in after.named_parameters())
+    assert not torch.equal(after.lm_head.weight, bare().lm_head.weight)
+
+
+def two_adapters() -> PeftModel:
+    """The adapter of `adapted` under another name, active, and one that is not."""
+    model = adapted()
+    config = model.peft_config["default"]
+    given = {
+        name.replace(".default", ".math"): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+    }
+    model = get_peft_model(bare(), config, adapter_name="math")
+    model.load_state_dict(given)
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return model.train()
+
+
+def test_an_adapter_of_another_name_reads_back(tmp_path):
+    reference = adapted()
+    trained(reference, 5)
+    before = two_adapters()
+    # The optimizer knows the other adapter as well, which is trained at other times.
+    optimizer = torch.optim.AdamW([p for n, p in before.named_parameters() if "lora_" in n], lr=1e-2)
+    before.set_adapter("default")
+    trained(before, 1, optimizer)
+    before.set_adapter("math")
+    before.zero_grad()
+    trained(before, 3, optimizer)
+    save_checkpoint(before, optimizer, tmp_path / "checkpoint")
+    for name in ("default", "text"):
+        after = PeftModel.from_pretrained(
+            bare(), tmp_path / "checkpoint", adapter_name=name, is_trainable=True
+        ).train()
+        optimizer = trained(after, 0)
+        load_optimizer(after, optimizer, tmp_path / "checkpoint")
+        trained(after, 2, optimizer)
+        got = {n.replace(f".{name}", ".default"): p for n, p in after.named_parameters()}
+        for n, parameter in reference.named_parameters():
+            torch.testing.assert_close(got[n], parameter, rtol=1e-4, atol=1e-5, msg=n)
+
+
+def test_a_checkpoint_is_of_one_adapter(tmp_path):
+    model = two_adapters()
+    optimizer = trained(model, 1)
+    model.base_model.set_adapter(["math", "default"])
+    with pytest.raises(UserError, match="active are math, default: choose one"):
+        save_checkpoint(model, optimizer, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):

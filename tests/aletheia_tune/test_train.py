@@ -230,6 +230,33 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tune, tmp_path):
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("on_before", [False, True])
+def test_gradient_checkpointing_is_afterwards_as_it_was(tune, tmp_path, on_before):
+    def switch_on(model: Any) -> None:
+        if on_before:
+            model.activation_checkpointing_enable()
+
+    config = dataclasses.replace(CONFIG, steps=1, gradient_checkpointing=True)
+    model = tune(tmp_path / "out", config, changes=[switch_on]).model.get_base_model()
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [on_before] * 4
+    assert on_before or not model.model.embed_tokens._forward_hooks
+
+
+def test_a_start_from_the_gradient_that_fails_leaves_no_hook_behind(tune, tmp_path):
+    models: list[Any] = []
+
+    def break_norm(model: Any) -> None:
+        models.append(model)
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+
+    config = dataclasses.replace(CONFIG, init="gradient", gradient_checkpointing=True)
+    with pytest.raises(NonFiniteLoss, match="before training"):
+        tune(tmp_path / "out", config, changes=[break_norm])
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in models[0].modules())
+    assert not models[0].is_activation_checkpointing
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_prefix_cache_changes_nothing_but_what_is_computed(tune, tmp_path, kernels):
     config = dataclasses.replace(CONFIG, steps=None, epochs=3, eval_every=4, kernels=kernels)
