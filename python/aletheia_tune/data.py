@@ -62,12 +62,16 @@ class Examples(list[Example]):
     """Tokenised records in the order of their source, with how many of them did not fit.
 
     Attributes:
-        truncated: records cut to ``max_length`` tokens.
+        most: tokens that a record could have, ``max_length`` or what the model has positions for.
+        truncated: records cut to so many.
         dropped: records left out because no token was left to learn.
     """
 
-    def __init__(self, examples: Iterable[Example] = (), *, truncated: int = 0, dropped: int = 0) -> None:
+    def __init__(
+        self, examples: Iterable[Example] = (), *, most: int, truncated: int = 0, dropped: int = 0
+    ) -> None:
         super().__init__(examples)
+        self.most = most
         self.truncated = truncated
         self.dropped = dropped
 
@@ -77,6 +81,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 1024,
+    positions: int | None = None,
     fields: Fields | None = None,
     name: str = "train",
     classes: Sequence[str] | None = None,
@@ -88,6 +93,7 @@ def load_examples(
             `datasets.Dataset`, or any iterable of dicts.
         tokenizer: with a chat template for ``messages``, with an eos token otherwise.
         max_length: tokens kept of a record, at least 2; what is longer loses its end.
+        positions: tokens that the model has positions for, as `layers.positions_of` gives them: no more are kept.
         fields: the names of the fields; without it the format is told from the first record.
         name: what to call a source that is not a file in messages.
         classes: of texts to classify, as `class_names` gives them: every record has ``text`` and ``label``, and the
@@ -107,13 +113,14 @@ def load_examples(
         raise UserError(
             f"max length {max_length} is too short: a token and its successor are needed, pass 2 or more"
         )
+    most = max_length if positions is None else min(max_length, positions)
     label = str(source) if isinstance(source, (str, os.PathLike)) else name
     records = _records(source, name)
     if classes is not None:
-        return _classified(records, tokenizer, classes, max_length, label)
+        return _classified(records, tokenizer, classes, most, label)
 
     named = _check_fields(fields) if fields is not None else None
-    examples = Examples()
+    examples = Examples(most=most)
     for where, record in records:
         if named is None:
             named = _detect(record, where)
@@ -124,8 +131,8 @@ def load_examples(
             ids, labels = _tokenise_pair(turns_or_text, tokenizer, label)
         else:
             ids, labels = _tokenise_chat(turns_or_text, tokenizer, where)
-        examples.truncated += len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
+        examples.truncated += len(ids) > most
+        ids, labels = ids[:most], labels[:most]
         if all(token == IGNORED for token in labels[1:]):
             examples.dropped += 1
         else:
@@ -133,9 +140,10 @@ def load_examples(
     if named is None:
         raise UserError(f"{label} is empty: it needs at least one record")
     if not examples:
+        longer = "raise --max-length" if most == max_length else "take a model of more positions"
         raise UserError(
             f"{label}: no completion tokens after masking or truncation in any of its "
-            f"{examples.dropped} records: check the fields or raise --max-length (now {max_length})"
+            f"{examples.dropped} records: check the fields or {longer} (now {most})"
         )
     return examples
 
@@ -194,8 +202,13 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError("the tokenizer has neither a pad nor an eos token: set one of them")
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example], pad_token_id: int, positions: int | None = None
+) -> dict[str, Tensor]:
     """One batch of examples, padded on the right to a multiple of 8 tokens.
+
+    Args:
+        positions: tokens that the model has positions for, as `load_examples` takes it: no padding goes beyond them.
 
     Returns:
         ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (-100 on padding), each int64 [batch,
@@ -203,6 +216,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     """
     longest = max(len(example["input_ids"]) for example in examples)
     width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    if positions is not None:
+        width = max(longest, min(width, positions))
     shape = (len(examples), width)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -219,12 +234,13 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Collator:
-    """`collate` with its padding token, as a DataLoader or a Trainer takes it."""
+    """`collate` with its padding token and the model's positions, as a DataLoader or a Trainer takes it."""
 
     pad_token_id: int
+    positions: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(examples, self.pad_token_id)
+        return collate(examples, self.pad_token_id, self.positions)
 
 
 def batches(
@@ -234,6 +250,7 @@ def batches(
     *,
     seed: int,
     count: int,
+    positions: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run out."""
     if batch_size < 1 or count < 1:
@@ -241,7 +258,8 @@ def batches(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     starts = range(0, min(len(order), count * batch_size), batch_size)
     return [
-        collate([examples[i] for i in order[start : start + batch_size]], pad_token_id) for start in starts
+        collate([examples[i] for i in order[start : start + batch_size]], pad_token_id, positions)
+        for start in starts
     ]
 
 
@@ -364,22 +382,21 @@ def _classified(
     records: Iterable[tuple[str, Mapping[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
     classes: Sequence[str],
-    max_length: int,
+    most: int,
     label: str,
 ) -> Examples:
-    """Texts with the number of their class, cut to what both `max_length` and the tokenizer allow."""
+    """Texts with the number of their class, cut to what both ``most`` and the tokenizer allow."""
     number_of = {name: number for number, name in enumerate(classes)}
-    most = min(max_length, tokenizer.model_max_length)
-    examples = Examples()
+    examples = Examples(most=min(most, tokenizer.model_max_length))
     for where, record in records:
         text, name = _string(record, "text", where), str(_class(record, where))
         if name not in number_of:
             known = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
             raise UserError(f"{where}: label {name!r} is none of the training data's: {known}")
         ids = tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) > most:
+        if len(ids) > examples.most:
             # Not cut by hand: what stands at the end of every text has to stay there.
-            ids = tokenizer(text, truncation=True, max_length=most, verbose=False)["input_ids"]
+            ids = tokenizer(text, truncation=True, max_length=examples.most, verbose=False)["input_ids"]
             examples.truncated += 1
         if ids:
             examples.append({"input_ids": list(ids), "labels": number_of[name]})

@@ -23,6 +23,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from aletheia_tune import cli
@@ -212,6 +214,22 @@ def test_a_head_that_is_there_is_kept(tmp_path):
     assert words.model_max_length == 24
     with pytest.raises(UserError, match=r"classifier\.bias is not for the data's 2 classes"):
         load_model(path, "float32", CLASSES)
+
+
+def test_a_text_as_long_as_the_model_has_positions(tune, tmp_path):
+    sizes = settings(max_position_embeddings=20, pad_token_id=0).to_dict()
+    del sizes["model_type"]
+    path = saved(tmp_path / "model", lambda: RobertaModel(RobertaConfig(**sizes)))
+    model, words = load_model(path, "float32", CLASSES)
+    assert words.model_max_length == 19  # the row of padding is no token's
+    examples = load_examples(
+        [*labelled("pos", "neg"), {"text": "film " * 40, "label": "pos"}], words, classes=CLASSES
+    )
+    assert examples.most == 19
+    result = fine_tune(
+        model, words, examples, examples, uniform_plan(model, rank=2), CONFIG, tmp_path / "out"
+    )
+    assert result.stopped is None
 
 
 def test_a_checkpoint_without_all_of_its_backbone_is_refused(tmp_path):

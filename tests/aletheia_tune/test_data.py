@@ -160,6 +160,16 @@ def test_truncation_is_from_the_right_and_counted():
     assert (examples.truncated, examples.dropped) == (2, 1)
 
 
+def test_no_more_is_kept_than_the_model_has_positions_for():
+    records = [{"prompt": "abc", "completion": "defg"}, {"prompt": "abcdefgh", "completion": "i"}]
+    examples = load_examples(records, PLAIN, positions=5)
+    assert examples == load_examples(records, PLAIN, max_length=5)
+    assert (examples.most, examples.truncated, examples.dropped) == (5, 2, 1)
+    assert load_examples(records, PLAIN, max_length=4, positions=5).most == 4
+    with pytest.raises(UserError, match=r"take a model of more positions \(now 5\)"):
+        load_examples(records[1:], PLAIN, positions=5)
+
+
 def test_an_example_whose_only_label_is_the_first_token_is_dropped():
     # No token precedes the first, so nothing predicts it and the mean loss would be 0 / 0.
     examples = load_examples([{"text": "ab"}, {"text": "</s>"}], PLAIN)
@@ -358,6 +368,14 @@ def test_collate_pads_on_the_right_to_a_multiple_of_8(lengths):
     for key, tensor in Collator(0)(examples).items():
         assert tensor.dtype == torch.int64
         assert torch.equal(tensor, batch[key])
+
+
+@pytest.mark.parametrize(("positions", "width"), [(None, 16), (11, 11), (12, 12), (16, 16), (100, 16)])
+def test_padding_stays_within_the_models_positions(positions, width):
+    examples = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 11)]
+    assert Collator(0, positions)(examples)["input_ids"].shape == (2, width)
+    (batch,) = batches(examples, 2, 0, seed=0, count=1, positions=positions)
+    assert batch["input_ids"].shape == (2, width)
 
 
 def test_batches_are_a_seeded_shuffle_without_repeats():
