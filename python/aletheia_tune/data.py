@@ -132,7 +132,7 @@ def load_examples(
     label = str(source) if isinstance(source, (str, os.PathLike)) else name
     records = _records(source, name)
     if classes is not None:
-        return _classified(records, tokenizer, classes, most, label)
+        return _classified(records, tokenizer, classes, most, label, _label_names(source))
 
     named = _check_fields(fields) if fields is not None else None
     examples = Examples(most=most)
@@ -171,6 +171,8 @@ def class_names(
 ) -> tuple[str, ...] | None:
     """The classes of texts to classify, whose numbers are their places: integers ascending, or strings in their order.
 
+    Of a `datasets.Dataset` whose ``label`` is a ``ClassLabel`` they are the names of that, in its order.
+
     Args:
         source: as `load_examples` takes it. It is one to classify when its first record has ``text`` and ``label``, and
             neither ``prompt`` and ``completion`` nor ``messages``.
@@ -186,11 +188,12 @@ def class_names(
     """
     if fields is not None:
         return None
+    named = _label_names(source)
     labels: set[str | int] = set()
     for where, record in _records(source, name):
         if not labels and not (_detect(record, where).text and "label" in record):
             return None
-        labels.add(_class(record, where))
+        labels.add(_class(record, where, named))
     if not labels:
         return None
     names = {str(one) for one in labels}
@@ -200,6 +203,8 @@ def class_names(
         raise UserError(
             f"{label}: every label is {only!r}: a classifier needs at least two (--text-field text learns the texts)"
         )
+    if named is not None:
+        return named
     whole = all(isinstance(one, int) for one in labels)
     return tuple(sorted(names, key=int) if whole else sorted(names))
 
@@ -436,14 +441,27 @@ def _speaks(turn: Mapping[str, Any]) -> bool:
     return turn["role"] == "assistant" and bool(turn.get("content") or turn.get("tool_calls"))
 
 
-def _class(record: Mapping[str, Any], where: str) -> str | int:
-    """The label of a text to classify."""
+def _label_names(source: object) -> tuple[str, ...] | None:
+    """What the integers in ``label`` stand for, where the source is a `datasets.Dataset` that says so."""
+    features = getattr(source, "features", None)
+    names = getattr(features["label"], "names", None) if features and "label" in features else None
+    return tuple(names) if names else None
+
+
+def _class(record: Mapping[str, Any], where: str, named: Sequence[str] | None = None) -> str | int:
+    """The label of a text to classify, an integer by its name where it has one."""
     label = _field(record, "label", where)
     if isinstance(label, str):
         return _string(record, "label", where)
     if not isinstance(label, int) or isinstance(label, bool):
         raise UserError(f"{where}: field 'label' is neither a string nor an integer but {_type_name(label)}")
-    return label
+    if named is None:
+        return label
+    if not 0 <= label < len(named):
+        raise UserError(
+            f"{where}: label {label} has no name: leave out texts without one of the {len(named)} classes"
+        )
+    return named[label]
 
 
 def _classified(
@@ -452,12 +470,13 @@ def _classified(
     classes: Sequence[str],
     most: int,
     label: str,
+    named: Sequence[str] | None,
 ) -> Examples:
     """Texts with the number of their class, cut to what both ``most`` and the tokenizer allow."""
     number_of = {name: number for number, name in enumerate(classes)}
     examples = Examples(most=min(most, tokenizer.model_max_length))
     for where, record in records:
-        text, name = _string(record, "text", where), str(_class(record, where))
+        text, name = _string(record, "text", where), str(_class(record, where, named))
         if name not in number_of:
             known = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
             raise UserError(f"{where}: label {name!r} is none of the training data's: {known}")

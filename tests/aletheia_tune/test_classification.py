@@ -148,6 +148,28 @@ def test_the_columns_of_a_file_say_whether_it_is_to_be_classified():
     assert class_names([]) is None
 
 
+def test_the_names_of_a_datasets_labels_are_the_classes(encoder_dir):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def dataset(names: list[str], *labels: int) -> Dataset:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        return Dataset.from_list(labelled(*labels), features=features)
+
+    # "meh" has no text, but the numbers are those of the names.
+    source = dataset(["pos", "meh", "neg"], 2, 0, 2)
+    classes = class_names(source)
+    assert classes == ("pos", "meh", "neg")
+    assert [example["labels"] for example in load_examples(source, tokenizer(), classes=classes)] == [2, 0, 2]
+    held_out = load_examples(dataset(["neg", "pos"], 0, 1), tokenizer(), classes=classes)
+    assert [example["labels"] for example in held_out] == [2, 0]
+    model, _ = load_model(encoder_dir, "float32", classes)
+    assert class_of(model) == classes
+    with pytest.raises(UserError, match="every label is 'neg': a classifier needs at least two"):
+        class_names(dataset(["pos", "neg"], 1, 1))
+    with pytest.raises(UserError, match="train record 2: label -1 has no name: leave out"):
+        class_names(dataset(["pos", "neg"], 1, -1))
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
