@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aletheia_tune.data import Collator, Fields, load_examples
     from aletheia_tune.full import float32_weights
     from aletheia_tune.kernels import KernelsInUse, use_kernels
+    from aletheia_tune.layers import positions_of
     from aletheia_tune.merge import merge_adapter
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
@@ -45,6 +46,7 @@ _MODULE_OF = {
     "float32_weights": "full",
     "KernelsInUse": "kernels",
     "use_kernels": "kernels",
+    "positions_of": "layers",
     "merge_adapter": "merge",
     "PatchReport": "patch",
     "apply_kernels": "patch",
@@ -103,6 +105,7 @@ __all__ = [
     "merge_adapter",
     "merge_scores",
     "plan_of_first",
+    "positions_of",
     "predict",
     "restore",
     "save_checkpoint",

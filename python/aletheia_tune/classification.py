@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from aletheia_tune.data import pad_token_id
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import bare_model, full_modules
+from aletheia_tune.layers import bare_model, full_modules, positions_of
 
 if TYPE_CHECKING:
     from peft.utils import ModulesToSaveWrapper
@@ -111,6 +111,9 @@ def load_classifier(
         )
     config = model.config.get_text_config()
     config.pad_token_id = pad_token_id(tokenizer)
-    if isinstance(positions := getattr(config, "max_position_embeddings", None), int):
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    most = positions_of(model)
+    if most is None:  # without a table that ends, what the backbone was made for
+        most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     return model

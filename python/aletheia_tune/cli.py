@@ -288,6 +288,7 @@ def probe(
     from aletheia_tune import files
     from aletheia_tune.data import batches as collated_batches
     from aletheia_tune.data import class_names, pad_token_id
+    from aletheia_tune.layers import positions_of
     from aletheia_tune.probe import faithful_batches
     from aletheia_tune.probe import probe as run_probe
 
@@ -297,11 +298,14 @@ def probe(
     if faithful and classes is not None:
         raise UserError("--faithful is the published probe of language models: leave it out for a classifier")
     loaded, tokenizer = _model(model, dtype, classes, seed)
-    examples = _load(train, tokenizer, max_length, fields, classes)
+    most = positions_of(loaded)
+    examples = _load(train, tokenizer, max_length, most, fields, classes)
     if faithful:
         chosen = faithful_batches(examples)
     else:
-        chosen = collated_batches(examples, batch_size, pad_token_id(tokenizer), seed=seed, count=batches)
+        chosen = collated_batches(
+            examples, batch_size, pad_token_id(tokenizer), seed=seed, count=batches, positions=most
+        )
     scores = run_probe(
         loaded,
         chosen,
@@ -560,6 +564,7 @@ def train(
     """
     from aletheia_tune.checkpoint import check_output
     from aletheia_tune.data import class_names
+    from aletheia_tune.layers import positions_of
     from aletheia_tune.plan import Plan
     from aletheia_tune.train import TrainConfig, fine_tune
 
@@ -600,8 +605,9 @@ def train(
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
     classes = class_names(train, fields)
     loaded, tokenizer = _model(model, dtype, classes, seed)
-    examples = _load(train, tokenizer, max_length, fields, classes)
-    held_out = _load(eval_file, tokenizer, max_length, fields, classes)
+    most = positions_of(loaded)
+    examples = _load(train, tokenizer, max_length, most, fields, classes)
+    held_out = _load(eval_file, tokenizer, max_length, most, fields, classes)
     result = fine_tune(
         loaded, tokenizer, examples, held_out, chosen, config, out, overwrite=overwrite, resume=resume
     )
@@ -882,16 +888,18 @@ def _load(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    positions: int | None,
     fields: Fields | None,
     classes: tuple[str, ...] | None,
 ) -> Examples:
     from aletheia_tune.data import load_examples
 
-    examples = load_examples(path, tokenizer, max_length=max_length, fields=fields, classes=classes)
-    most = max_length if classes is None else min(max_length, tokenizer.model_max_length)
+    examples = load_examples(
+        path, tokenizer, max_length=max_length, positions=positions, fields=fields, classes=classes
+    )
     if examples.truncated or examples.dropped:
         print(
-            f"{path}: {examples.truncated} records cut to {most} tokens, "
+            f"{path}: {examples.truncated} records cut to {examples.most} tokens, "
             f"{examples.dropped} left out for having no tokens to learn; {len(examples)} remain",
             file=sys.stderr,
         )

@@ -4,9 +4,12 @@ A record is an object in one of three formats, told from the first record unless
 
 * ``{"prompt": str, "completion": str}``: only the completion is learned. With a chat template in the
   tokenizer the prompt becomes a user turn and the completion the assistant's; without one they are joined and
-  ended with eos.
+  ended with eos. Both may be lists of messages instead, of which the completion's assistant turns are learned.
 * ``{"messages": [{"role": str, "content": str}, ...]}``: only the assistant's turns are learned.
 * ``{"text": str}``: every token is learned, and the eos that is appended.
+
+In a list of messages an assistant's turn with ``tool_calls`` needs no content, and the record's ``tools`` (a list, or
+the JSON of one) are given to the chat template.
 
 Or it is a text to classify, ``{"text": str, "label": str | int}``: `class_names` finds the classes of such a file, and
 with them the class is learned and no token.
@@ -20,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
 from jinja2 import TemplateError
@@ -36,6 +39,18 @@ IGNORED = -100
 
 PAD_MULTIPLE = 8
 _GENERATION_KEYWORD = "generation %}"
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """Turns, of which the assistant's from the one numbered ``first`` on are learned, and the tools they may call."""
+
+    turns: list[Mapping[str, Any]]
+    first: int = 0
+    tools: list[Any] | None = None
+
+    def learns(self, position: int) -> bool:
+        return position >= self.first and _speaks(self.turns[position])
 
 
 @dataclass(frozen=True)
@@ -62,12 +77,16 @@ class Examples(list[Example]):
     """Tokenised records in the order of their source, with how many of them did not fit.
 
     Attributes:
-        truncated: records cut to ``max_length`` tokens.
+        most: tokens that a record could have, ``max_length`` or what the model has positions for.
+        truncated: records cut to so many.
         dropped: records left out because no token was left to learn.
     """
 
-    def __init__(self, examples: Iterable[Example] = (), *, truncated: int = 0, dropped: int = 0) -> None:
+    def __init__(
+        self, examples: Iterable[Example] = (), *, most: int, truncated: int = 0, dropped: int = 0
+    ) -> None:
         super().__init__(examples)
+        self.most = most
         self.truncated = truncated
         self.dropped = dropped
 
@@ -77,6 +96,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 1024,
+    positions: int | None = None,
     fields: Fields | None = None,
     name: str = "train",
     classes: Sequence[str] | None = None,
@@ -88,6 +108,7 @@ def load_examples(
             `datasets.Dataset`, or any iterable of dicts.
         tokenizer: with a chat template for ``messages``, with an eos token otherwise.
         max_length: tokens kept of a record, at least 2; what is longer loses its end.
+        positions: tokens that the model has positions for, as `layers.positions_of` gives them: no more are kept.
         fields: the names of the fields; without it the format is told from the first record.
         name: what to call a source that is not a file in messages.
         classes: of texts to classify, as `class_names` gives them: every record has ``text`` and ``label``, and the
@@ -107,25 +128,26 @@ def load_examples(
         raise UserError(
             f"max length {max_length} is too short: a token and its successor are needed, pass 2 or more"
         )
+    most = max_length if positions is None else min(max_length, positions)
     label = str(source) if isinstance(source, (str, os.PathLike)) else name
     records = _records(source, name)
     if classes is not None:
-        return _classified(records, tokenizer, classes, max_length, label)
+        return _classified(records, tokenizer, classes, most, label, _label_names(source))
 
     named = _check_fields(fields) if fields is not None else None
-    examples = Examples()
+    examples = Examples(most=most)
     for where, record in records:
         if named is None:
             named = _detect(record, where)
-        turns_or_text = _conversation(record, named, tokenizer, where)
-        if isinstance(turns_or_text, str):
-            ids, labels = _tokenise_text(turns_or_text, tokenizer, label)
+        said = _conversation(record, named, tokenizer, where)
+        if isinstance(said, str):
+            ids, labels = _tokenise_text(said, tokenizer, label)
         elif tokenizer.chat_template is None:
-            ids, labels = _tokenise_pair(turns_or_text, tokenizer, label)
+            ids, labels = _tokenise_pair(said.turns, tokenizer, label)
         else:
-            ids, labels = _tokenise_chat(turns_or_text, tokenizer, where)
-        examples.truncated += len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
+            ids, labels = _tokenise_chat(said, tokenizer, where)
+        examples.truncated += len(ids) > most
+        ids, labels = ids[:most], labels[:most]
         if all(token == IGNORED for token in labels[1:]):
             examples.dropped += 1
         else:
@@ -133,9 +155,10 @@ def load_examples(
     if named is None:
         raise UserError(f"{label} is empty: it needs at least one record")
     if not examples:
+        longer = "raise --max-length" if most == max_length else "take a model of more positions"
         raise UserError(
             f"{label}: no completion tokens after masking or truncation in any of its "
-            f"{examples.dropped} records: check the fields or raise --max-length (now {max_length})"
+            f"{examples.dropped} records: check the fields or {longer} (now {most})"
         )
     return examples
 
@@ -147,6 +170,8 @@ def class_names(
     name: str = "train",
 ) -> tuple[str, ...] | None:
     """The classes of texts to classify, whose numbers are their places: integers ascending, or strings in their order.
+
+    Of a `datasets.Dataset` whose ``label`` is a ``ClassLabel`` they are the names of that, in its order.
 
     Args:
         source: as `load_examples` takes it. It is one to classify when its first record has ``text`` and ``label``, and
@@ -163,11 +188,12 @@ def class_names(
     """
     if fields is not None:
         return None
+    named = _label_names(source)
     labels: set[str | int] = set()
     for where, record in _records(source, name):
         if not labels and not (_detect(record, where).text and "label" in record):
             return None
-        labels.add(_class(record, where))
+        labels.add(_class(record, where, named))
     if not labels:
         return None
     names = {str(one) for one in labels}
@@ -177,6 +203,8 @@ def class_names(
         raise UserError(
             f"{label}: every label is {only!r}: a classifier needs at least two (--text-field text learns the texts)"
         )
+    if named is not None:
+        return named
     whole = all(isinstance(one, int) for one in labels)
     return tuple(sorted(names, key=int) if whole else sorted(names))
 
@@ -194,8 +222,13 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError("the tokenizer has neither a pad nor an eos token: set one of them")
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example], pad_token_id: int, positions: int | None = None
+) -> dict[str, Tensor]:
     """One batch of examples, padded on the right to a multiple of 8 tokens.
+
+    Args:
+        positions: tokens that the model has positions for, as `load_examples` takes it: no padding goes beyond them.
 
     Returns:
         ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (-100 on padding), each int64 [batch,
@@ -203,6 +236,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     """
     longest = max(len(example["input_ids"]) for example in examples)
     width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    if positions is not None:
+        width = max(longest, min(width, positions))
     shape = (len(examples), width)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -219,12 +254,13 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Collator:
-    """`collate` with its padding token, as a DataLoader or a Trainer takes it."""
+    """`collate` with its padding token and the model's positions, as a DataLoader or a Trainer takes it."""
 
     pad_token_id: int
+    positions: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(examples, self.pad_token_id)
+        return collate(examples, self.pad_token_id, self.positions)
 
 
 def batches(
@@ -234,6 +270,7 @@ def batches(
     *,
     seed: int,
     count: int,
+    positions: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """The first ``count`` collated batches of the examples shuffled by ``seed``; fewer where the examples run out."""
     if batch_size < 1 or count < 1:
@@ -241,7 +278,8 @@ def batches(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     starts = range(0, min(len(order), count * batch_size), batch_size)
     return [
-        collate([examples[i] for i in order[start : start + batch_size]], pad_token_id) for start in starts
+        collate([examples[i] for i in order[start : start + batch_size]], pad_token_id, positions)
+        for start in starts
     ]
 
 
@@ -319,67 +357,133 @@ def _detect(record: Mapping[str, Any], where: str) -> Fields:
 
 def _conversation(
     record: Mapping[str, Any], fields: Fields, tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[Mapping[str, Any]] | str:
-    """The record as a text or as turns; a pair is a user's turn and the assistant's."""
+) -> _Conversation | str:
+    """The record as a text or as turns; a pair of strings is a user's turn and the assistant's."""
     if fields.text is not None:
         return _string(record, fields.text, where)
-    if fields.messages is None:
-        assert fields.prompt is not None
-        assert fields.completion is not None
-        return [
-            {"role": "user", "content": _string(record, fields.prompt, where)},
-            {"role": "assistant", "content": _string(record, fields.completion, where)},
-        ]
+    if fields.messages is not None:
+        turns = _messages(record, fields.messages, f"{where}: message", where)
+        _require_template(tokenizer, fields.messages, "give prompt and completion", where)
+        return _Conversation(turns, tools=_tools(record, where))
+    assert fields.prompt is not None
+    assert fields.completion is not None
+    pair = (fields.prompt, fields.completion)
+    listed = [name for name in pair if _is_list(_field(record, name, where))]
+    if not listed:
+        prompt, completion = (_string(record, name, where) for name in pair)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _Conversation(turns)
+    if len(listed) == 1:
+        (other,) = set(pair) - set(listed)
+        raise UserError(
+            f"{where}: field {listed[0]!r} is a list and {other!r} is {_type_name(record[other])}: give both as "
+            "strings or both as lists of messages"
+        )
+    asked, answered = (_messages(record, name, f"{where}: {name} message", where) for name in pair)
+    _require_template(tokenizer, fields.prompt, "give prompt and completion as strings", where)
+    return _Conversation([*asked, *answered], first=len(asked), tools=_tools(record, where))
+
+
+def _messages(record: Mapping[str, Any], field: str, each: str, where: str) -> list[Mapping[str, Any]]:
+    turns = _field(record, field, where)
+    if not _is_list(turns):
+        raise UserError(f"{where}: field {field!r} is not a list of messages but {_type_name(turns)}")
+    if not turns:
+        raise UserError(f"{where}: field {field!r} is an empty list: give at least one message")
+    return [_message(turn, f"{each} {number}") for number, turn in enumerate(turns, start=1)]
+
+
+def _message(turn: object, where: str) -> dict[str, Any]:
+    """A turn without fields that are null or an empty list, which a dataset gives every turn if any turn has more."""
+    if not isinstance(turn, Mapping):
+        raise UserError(f"{where} is not an object but {_type_name(turn)}")
+    role = _string(turn, "role", where)
+    calls = turn.get("tool_calls")
+    if calls is not None:
+        _objects(calls, "tool_calls", where)
+    if turn.get("content") is not None or not (role == "assistant" and calls):
+        _string(turn, "content", where)
+    return {key: value for key, value in turn.items() if key == "content" or value not in (None, [])}
+
+
+def _tools(record: Mapping[str, Any], where: str) -> list[Any] | None:
+    """What the turns may call, as a list or, because of columns of one type, as the JSON of one."""
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{where}: field 'tools' is a string of broken JSON: {error}") from error
+    return [dict(tool) for tool in _objects(tools, "tools", where)] if tools else None
+
+
+def _objects(value: object, field: str, where: str) -> Sequence[Mapping[str, Any]]:
+    if not _is_list(value):
+        raise UserError(f"{where}: field {field!r} is not a list of objects but {_type_name(value)}")
+    for number, each in enumerate(value, start=1):
+        if not isinstance(each, Mapping):
+            raise UserError(f"{where}: {field} {number} is not an object but {_type_name(each)}")
+    return value
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, field: str, mend: str, where: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{where}: field {fields.messages!r} needs a chat template, which this model's tokenizer lacks: "
-            "give prompt and completion instead"
+            f"{where}: field {field!r} needs a chat template, which this model's tokenizer lacks: {mend} instead"
         )
-    turns = _field(record, fields.messages, where)
-    if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)) or not turns:
-        raise UserError(
-            f"{where}: field {fields.messages!r} is not a list of messages but {_type_name(turns)}"
-            if turns or not isinstance(turns, Sequence)
-            else f"{where}: field {fields.messages!r} is an empty list"
-        )
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping):
-            raise UserError(f"{where}: message {number} is not an object but {_type_name(turn)}")
-        for key in ("role", "content"):
-            _string(turn, key, f"{where}: message {number}")
-    return list(turns)
 
 
-def _class(record: Mapping[str, Any], where: str) -> str | int:
-    """The label of a text to classify."""
+def _speaks(turn: Mapping[str, Any]) -> bool:
+    return turn["role"] == "assistant" and bool(turn.get("content") or turn.get("tool_calls"))
+
+
+def _label_names(source: object) -> tuple[str, ...] | None:
+    """What the integers in ``label`` stand for, where the source is a `datasets.Dataset` that says so."""
+    features = getattr(source, "features", None)
+    names = getattr(features["label"], "names", None) if features and "label" in features else None
+    return tuple(names) if names else None
+
+
+def _class(record: Mapping[str, Any], where: str, named: Sequence[str] | None = None) -> str | int:
+    """The label of a text to classify, an integer by its name where it has one."""
     label = _field(record, "label", where)
     if isinstance(label, str):
         return _string(record, "label", where)
     if not isinstance(label, int) or isinstance(label, bool):
         raise UserError(f"{where}: field 'label' is neither a string nor an integer but {_type_name(label)}")
-    return label
+    if named is None:
+        return label
+    if not 0 <= label < len(named):
+        raise UserError(
+            f"{where}: label {label} has no name: leave out texts without one of the {len(named)} classes"
+        )
+    return named[label]
 
 
 def _classified(
     records: Iterable[tuple[str, Mapping[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
     classes: Sequence[str],
-    max_length: int,
+    most: int,
     label: str,
+    named: Sequence[str] | None,
 ) -> Examples:
-    """Texts with the number of their class, cut to what both `max_length` and the tokenizer allow."""
+    """Texts with the number of their class, cut to what both ``most`` and the tokenizer allow."""
     number_of = {name: number for number, name in enumerate(classes)}
-    most = min(max_length, tokenizer.model_max_length)
-    examples = Examples()
+    examples = Examples(most=min(most, tokenizer.model_max_length))
     for where, record in records:
-        text, name = _string(record, "text", where), str(_class(record, where))
+        text, name = _string(record, "text", where), str(_class(record, where, named))
         if name not in number_of:
             known = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
             raise UserError(f"{where}: label {name!r} is none of the training data's: {known}")
         ids = tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) > most:
+        if len(ids) > examples.most:
             # Not cut by hand: what stands at the end of every text has to stay there.
-            ids = tokenizer(text, truncation=True, max_length=most, verbose=False)["input_ids"]
+            ids = tokenizer(text, truncation=True, max_length=examples.most, verbose=False)["input_ids"]
             examples.truncated += 1
         if ids:
             examples.append({"input_ids": list(ids), "labels": number_of[name]})
@@ -400,13 +504,15 @@ def _string(record: Mapping[str, Any], field: str, where: str) -> str:
     value = _field(record, field, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {field!r} is not a string but {_type_name(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no text
-        raise UserError(
-            f"{where}: field {field!r} has a lone surrogate at character {error.start + 1}"
-        ) from error
+    _check_text(value, f"{where}: field {field!r}")
     return value
+
+
+def _check_text(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no text
+        raise UserError(f"{what} has a lone surrogate at character {error.start + 1}") from error
 
 
 def _tokenise_text(text: str, tokenizer: PreTrainedTokenizerBase, label: str) -> tuple[list[int], list[int]]:
@@ -427,24 +533,25 @@ def _tokenise_pair(
 
 
 def _tokenise_chat(
-    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+    said: _Conversation, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
-    """Labels each assistant turn that says something, from where a reply would be asked for to the end of the turn.
+    """Labels each turn to be learned that says something, from where a reply would be asked for to the end of the turn.
 
     The conversation is rendered up to each such turn, without and with it. Where both are the beginning of
     the whole, the turn is what lies between. A template that rewrites earlier turns breaks this; it may mark
     the assistant's tokens itself (``{% generation %}``), and cannot be masked if it does not.
     """
-    whole = _template(turns, tokenizer, where, tokenize=False)
+    whole = _template(said, tokenizer, where, tokenize=False)
+    _check_text(whole, f"{where}: the conversation")
     cuts = [0]
-    for position, turn in enumerate(turns):
-        if turn["role"] == "assistant" and turn["content"]:
+    for position in range(len(said.turns)):
+        if said.learns(position):
             if position == 0:  # nothing asked for it, and templates cannot render a conversation of no turns
-                return _mask_by_template(turns, tokenizer, where)
-            before = _template(turns[:position], tokenizer, where, tokenize=False, add_generation_prompt=True)
-            upto = _template(turns[: position + 1], tokenizer, where, tokenize=False)
+                return _mask_by_template(said, whole, tokenizer, where)
+            before = _asked(said, position, tokenizer, where)
+            upto = _template(said, tokenizer, where, count=position + 1, tokenize=False)
             if not (upto.startswith(before) and whole.startswith(upto) and len(before) >= cuts[-1]):
-                return _mask_by_template(turns, tokenizer, where)
+                return _mask_by_template(said, whole, tokenizer, where)
             cuts += [len(before), len(upto)]
     cuts.append(len(whole))
     ids: list[int] = []
@@ -484,28 +591,51 @@ def _turn_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _mask_by_template(
-    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+    said: _Conversation, whole: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[int]]:
-    if _GENERATION_KEYWORD not in str(tokenizer.chat_template):
+    # The template marks every turn of the assistant, the prompt's among them.
+    prompt = _asked(said, said.first, tokenizer, where) if any(map(_speaks, said.turns[: said.first])) else ""
+    if _GENERATION_KEYWORD not in str(tokenizer.chat_template) or not whole.startswith(prompt):
         raise UserError(
             f"{where}: the assistant's tokens cannot be told apart, because the chat template rewrites "
             "earlier turns or the assistant's is the first: give prompt and completion, or a template that "
             "marks them with {% generation %}"
         )
     encoded = _template(
-        turns, tokenizer, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        said,
+        tokenizer,
+        where,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
     )
     ids = list(encoded["input_ids"])
-    mask = encoded["assistant_masks"]
-    return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
+    marked = zip(ids, encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
+    return ids, [token if learned and span[0] >= len(prompt) else IGNORED for token, learned, span in marked]
+
+
+def _asked(said: _Conversation, count: int, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The first ``count`` turns, to where the next is asked for."""
+    text: str = _template(said, tokenizer, where, count=count, tokenize=False, add_generation_prompt=True)
+    return text
 
 
 def _template(
-    turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, **options: Any
+    said: _Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    count: int | None = None,
+    **options: Any,
 ) -> Any:
+    turns = [dict(turn) for turn in said.turns[:count]]
     try:
-        return tokenizer.apply_chat_template([dict(turn) for turn in turns], **options)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(turns, tools=said.tools, **options)
+    except (
+        TemplateError,
+        TypeError,
+    ) as error:  # one that joins a content of null to a string has no word of its own
         raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error
 
 

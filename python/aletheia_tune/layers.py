@@ -1,4 +1,4 @@
-"""Where the transformer layers of a model are, and which linears they hold.
+"""Where the transformer layers of a model are, which linears they hold, and for how many tokens it has positions.
 
 Found by structure, not by class name: a transformer keeps its blocks in one ``nn.ModuleList``. Names are those of the
 bare model, so that a score taken before PEFT wraps the model still fits after it has.
@@ -22,6 +22,9 @@ _ATTENTION = re.compile(r"att(e?)n|attention", re.IGNORECASE)
 _MLP = re.compile(
     r"mlp|ffn|feed_?forward|experts?\b|moe|dense_?relu_?dense|^fc\d*$|^intermediate$|^output$", re.IGNORECASE
 )
+_POSITIONS = re.compile(r"^wpe$|pos")
+# Of OPT, BART and YOSO the table begins with two that no token gets.
+_SPARE_ROWS = 2
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -104,6 +107,32 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
     yield from walk(module, prefix)
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The most tokens that a model, bare or in PEFT, can read in a row; None where no table of positions ends.
+
+    The configuration says how many positions a model was made for (``max_position_embeddings``), and a table of as many
+    rows that it has no others: an embedding that was learned (GPT-2, OPT, BERT), or a buffer of sines (GPT-J, CTRL).
+    Without a table positions are computed as they come: rotary, relative, ALiBi.
+    """
+    bare = bare_model(model)
+    positions = getattr(_text_config(bare), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    # RoBERTa and its descendants count from the row behind that of padding.
+    rows = [
+        (name, each.num_embeddings, 0 if each.padding_idx is None else each.padding_idx + 1)
+        for name, each in bare_modules(bare)
+        if isinstance(each, nn.Embedding)
+    ]
+    rows += [(name, len(each), 0) for name, each in bare.named_buffers() if each.ndim == 2]
+    limits = [
+        min(positions, count - first)
+        for name, count, first in rows
+        if _POSITIONS.search(name.rpartition(".")[2]) and 0 <= count - positions <= _SPARE_ROWS
+    ]
+    return min(limits, default=None)
 
 
 def _text_config(model: nn.Module) -> Any:

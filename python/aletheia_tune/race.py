@@ -32,6 +32,7 @@ from aletheia_kernels import tune_allocator
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, Fields, class_names, load_examples, pad_token_id
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.layers import positions_of
 from aletheia_tune.plan import Plan
 from aletheia_tune.recipe import Recipe
 from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
@@ -342,18 +343,22 @@ def race(
 def text_perplexity(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     """exp of the mean loss a token over up to 16 windows of 512 tokens, spread evenly over the text.
 
+    Windows are shorter where the model has positions for fewer tokens.
+
     Raises:
         UserError: the text has fewer than two tokens.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise UserError("the other text has fewer than two tokens: give a longer one")
-    whole = [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)] or [ids]
+    most = positions_of(model)
+    width = WINDOW if most is None else min(WINDOW, most)
+    whole = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)] or [ids]
     count = min(WINDOWS, len(whole))
     windows = [whole[index * len(whole) // count] for index in range(count)]
     examples: list[Example] = [{"input_ids": window, "labels": window} for window in windows]
     # One window at a time, so that this never is what sets the peak memory of a run.
-    return math.exp(held_out_loss(model, examples, Collator(pad_token_id(tokenizer)), 1))
+    return math.exp(held_out_loss(model, examples, Collator(pad_token_id(tokenizer), most), 1))
 
 
 @dataclass(frozen=True)
@@ -397,7 +402,12 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
     # In every arm, PEFT's own too: which of them pays for a page twice would depend on their histories.
     tuned = tune_allocator()
     model, tokenizer = load_model(task.model_dir, config.dtype, task.classes, config.seed)
-    options = {"max_length": config.max_length, "fields": task.fields, "classes": task.classes}
+    options = {
+        "max_length": config.max_length,
+        "positions": positions_of(model),
+        "fields": task.fields,
+        "classes": task.classes,
+    }
     train = load_examples(task.train_path, tokenizer, **options)  # type: ignore[arg-type]
     held_out = load_examples(task.eval_path, tokenizer, name="eval", **options)  # type: ignore[arg-type]
 

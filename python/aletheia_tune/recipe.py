@@ -11,7 +11,7 @@ from aletheia_tune.cost import Calibration
 from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import find_layers
+from aletheia_tune.layers import find_layers, positions_of
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
 from aletheia_tune.scores.cka import Pooling
@@ -119,7 +119,12 @@ class Recipe:
         scores = probe(
             model,
             batches(
-                examples, self.probe_batch_size, pad_token_id(tokenizer), seed=seed, count=self.probe_batches
+                examples,
+                self.probe_batch_size,
+                pad_token_id(tokenizer),
+                seed=seed,
+                count=self.probe_batches,
+                positions=positions_of(model),
             ),
             method=self.score,
             pooling=self.pooling,

@@ -43,6 +43,7 @@ from aletheia_tune.environment import (
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import KernelsInUse, use_kernels
+from aletheia_tune.layers import positions_of
 from aletheia_tune.packing import require_separation
 from aletheia_tune.prefix import PrefixCut, cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
@@ -561,15 +562,22 @@ def fine_tune(
             stopped is replaced.
 
     Raises:
-        UserError: the output directory is taken, a plan that does not fit the model, no examples, packing with a
-            classifier or a model that does not keep packed examples apart, gradients reweighted without sampled depth,
-            a plan that cannot shrink as asked; a launch that shards the model; a checkpoint that is damaged, of another
-            training, or there without `resume`; the disk is full.
+        UserError: the output directory is taken, a plan that does not fit the model, no examples, one that is longer
+            than the model has positions for, packing with a classifier or a model that does not keep packed examples
+            apart, gradients reweighted without sampled depth, a plan that cannot shrink as asked; a launch that shards
+            the model; a checkpoint that is damaged, of another training, or there without `resume`; the disk is full.
         NonFiniteLoss: as said; its `step` counts from 1, and is 0 for what precedes training.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     if not train_examples:
         raise UserError("there are no training examples")
+    positions = positions_of(model)
+    longest = max(len(example["input_ids"]) for example in (*train_examples, *(eval_examples or ())))
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"an example has {longest} tokens and the model positions for {positions}: load the examples with "
+            f"positions={positions}"
+        )
     require_whole_models()
     if config.packing and is_classifier(model):
         raise UserError(
@@ -596,7 +604,8 @@ def fine_tune(
                 plan.to_lora_config(model),
                 autocast_adapter_dtype=config.adapter_dtype == "float32",
             )
-        run = _Run(peft_model, Collator(pad_token_id(tokenizer)), eval_examples or (), config, keeper)
+        collator = Collator(pad_token_id(tokenizer), positions)
+        run = _Run(peft_model, collator, eval_examples or (), config, keeper)
         shown = config.progress and is_first_process()
         progress = _ShowProgress(run, Console(stderr=True, quiet=not shown))
         if resume:
@@ -736,7 +745,12 @@ class _Run(TrainerCallback):
         started = time.perf_counter()
         config = self.config
         chosen = batches(
-            examples, config.batch_size, self.collator.pad_token_id, seed=config.seed, count=START_BATCHES
+            examples,
+            config.batch_size,
+            self.collator.pad_token_id,
+            seed=config.seed,
+            count=START_BATCHES,
+            positions=self.collator.positions,
         )
         gradient_start(self.model, chosen, seed=config.seed)
         self.seconds += time.perf_counter() - started

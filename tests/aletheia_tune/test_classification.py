@@ -148,6 +148,28 @@ def test_the_columns_of_a_file_say_whether_it_is_to_be_classified():
     assert class_names([]) is None
 
 
+def test_the_names_of_a_datasets_labels_are_the_classes(encoder_dir):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def dataset(names: list[str], *labels: int) -> Dataset:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        return Dataset.from_list(labelled(*labels), features=features)
+
+    # "meh" has no text, but the numbers are those of the names.
+    source = dataset(["pos", "meh", "neg"], 2, 0, 2)
+    classes = class_names(source)
+    assert classes == ("pos", "meh", "neg")
+    assert [example["labels"] for example in load_examples(source, tokenizer(), classes=classes)] == [2, 0, 2]
+    held_out = load_examples(dataset(["neg", "pos"], 0, 1), tokenizer(), classes=classes)
+    assert [example["labels"] for example in held_out] == [2, 0]
+    model, _ = load_model(encoder_dir, "float32", classes)
+    assert class_of(model) == classes
+    with pytest.raises(UserError, match="every label is 'neg': a classifier needs at least two"):
+        class_names(dataset(["pos", "neg"], 1, 1))
+    with pytest.raises(UserError, match="train record 2: label -1 has no name: leave out"):
+        class_names(dataset(["pos", "neg"], 1, -1))
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
@@ -214,6 +236,22 @@ def test_a_head_that_is_there_is_kept(tmp_path):
     assert words.model_max_length == 24
     with pytest.raises(UserError, match=r"classifier\.bias is not for the data's 2 classes"):
         load_model(path, "float32", CLASSES)
+
+
+def test_a_text_as_long_as_the_model_has_positions(tune, tmp_path):
+    sizes = settings(max_position_embeddings=20, pad_token_id=0).to_dict()
+    del sizes["model_type"]
+    path = saved(tmp_path / "model", lambda: RobertaModel(RobertaConfig(**sizes)))
+    model, words = load_model(path, "float32", CLASSES)
+    assert words.model_max_length == 19  # the row of padding is no token's
+    examples = load_examples(
+        [*labelled("pos", "neg"), {"text": "film " * 40, "label": "pos"}], words, classes=CLASSES
+    )
+    assert examples.most == 19
+    result = fine_tune(
+        model, words, examples, examples, uniform_plan(model, rank=2), CONFIG, tmp_path / "out"
+    )
+    assert result.stopped is None
 
 
 def test_a_checkpoint_without_all_of_its_backbone_is_refused(tmp_path):

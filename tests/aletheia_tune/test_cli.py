@@ -20,7 +20,14 @@ import psutil
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from aletheia_tune import cli
 from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape
@@ -844,6 +851,29 @@ def test_interrupting_a_race_leaves_no_file_and_no_process(given, plan_file, tmp
         time.sleep(0.1)
     assert left == []
     assert disk(tmp_path) == before
+
+
+def test_records_are_cut_to_the_positions_of_the_model(run, given, tiny_model_dir, tmp_path):
+    model, plan, path = tmp_path / "model", tmp_path / "plan.json", tmp_path / "some.jsonl"
+    words = AutoTokenizer.from_pretrained(tiny_model_dir)
+    # No multiple of 8, so that padding must not pass it either.
+    sizes = {"n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **sizes)).save_pretrained(model)
+    words.save_pretrained(model)
+    records = [{"prompt": "repeat a b", "completion": "a " * count} for count in (3, 14, 50)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    told = f"{path}: 1 records cut to 20 tokens, 0 left out"
+
+    ran = run("probe", "--model", model, "--train", path, "--out", tmp_path / "scores.json")
+    assert ran.code == 0, ran
+    assert told in ran.err
+    assert run("plan", "--scores", tmp_path / "scores.json", "--out", plan).code == 0
+    files = {"--model": model, "--train": path, "--eval": path}
+    for init in ("default", "gradient"):
+        out = tmp_path / init
+        ran = run("train", *options({**given, **files}, plan=plan, out=out, init=init))
+        assert ran.code == 0, ran
+        assert ran.err.count(told) == 2
 
 
 def test_records_that_did_not_fit_are_counted(run, given, plan_file, tmp_path):

@@ -31,6 +31,15 @@ REWRITING = (
     "{% else %}{% generation %}{{ message['content'] + '</s>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
+# Shows tools and calls, as templates of models that were trained on them do.
+CALLING = (
+    "{% if tools %}{{ '<s>tools\n' + tools | map(attribute='name') | join(' ') + '</s>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' }}"
+    "{% if 'tool_calls' in message %}"
+    "{% for call in message['tool_calls'] %}{{ 'call ' + call['function']['name'] }}{% endfor %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '</s>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 
 
@@ -153,11 +162,76 @@ def test_a_conversation_that_begins_with_the_assistant_cannot_be_masked():
         load_examples([{"messages": [{"role": "assistant", "content": "hello"}]}], CHAT)
 
 
+def said(*turns: str) -> list[dict[str, str]]:
+    """Messages from "user: a?", "assistant: b" and the like."""
+    return [dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns]
+
+
+def test_of_a_pair_of_message_lists_the_completions_assistant_turns_are_learned():
+    prompt = said("system: be brief", "user: a?", "assistant: b", "user: c?")
+    completion = said("assistant: d", "user: e?", "assistant: f")
+    text, learned = only([{"prompt": prompt, "completion": completion}], CHAT)
+    assert text == only([{"messages": [*prompt, *completion]}], CHAT)[0]
+    assert learned == "d</s>f</s>"
+    fields = Fields(prompt="x", completion="y")
+    assert only([{"x": prompt, "y": completion}], CHAT, fields=fields) == (text, learned)
+
+
+def test_what_a_template_marks_is_learned_of_the_completion_alone():
+    # A reply is shown as dots once there is another, so that only the marks tell them apart.
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}<s>{% generation %}"
+        "{{ message['content'] if loop.last else '...' }}</s>{% endgeneration %}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    prompt = said("user: a?", "assistant: b", "user: c?")
+    record = {"prompt": prompt, "completion": said("assistant: d", "user: e?", "assistant: f")}
+    assert only([record], byte_tokenizer(template)) == ("a?<s>...</s>c?<s>...</s>e?<s>f</s>", "...</s>f</s>")
+    with pytest.raises(UserError, match=r"cannot be told apart"):
+        # Of the prompt itself the last reply is shown, so that nothing says where it ends in the whole.
+        load_examples([{"prompt": prompt[:2], "completion": record["completion"]}], byte_tokenizer(template))
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Oslo"}}}
+TOOLS = [{"name": "weather"}, {"name": "time"}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}])
+def test_a_turn_that_calls_a_tool_says_something(content, tools):
+    turns = [
+        *said("user: a?"),
+        {"role": "assistant", **content, "tool_calls": [CALL]},
+        # As a dataset gives it back, whose turns all have the same fields.
+        {"role": "tool", "content": "rain", "tool_calls": None},
+        {"role": "assistant", "content": "wet", "tool_calls": []},
+    ]
+    calling = byte_tokenizer(CALLING)
+    text, learned = only([{"messages": turns, "tools": tools}], calling)
+    assert text.startswith(
+        "<s>tools\nweather time</s>\n<s>user\na?</s>\n<s>assistant\ncall weather</s>\n<s>tool\nrain"
+    )
+    assert learned == "call weather</s>wet</s>"
+    pair = {"prompt": turns[:3], "completion": turns[3:], "tools": tools}
+    assert only([pair], calling) == (text, "wet</s>")
+    assert only([{"messages": turns}], calling)[0] == text.removeprefix("<s>tools\nweather time</s>\n")
+
+
 def test_truncation_is_from_the_right_and_counted():
     records = [{"prompt": "abc", "completion": "defg"}, {"prompt": "abcdefgh", "completion": "i"}]
     examples = load_examples(records, PLAIN, max_length=5)
     assert [read_back(example, PLAIN) for example in examples] == [("abcde", "de")]
     assert (examples.truncated, examples.dropped) == (2, 1)
+
+
+def test_no_more_is_kept_than_the_model_has_positions_for():
+    records = [{"prompt": "abc", "completion": "defg"}, {"prompt": "abcdefgh", "completion": "i"}]
+    examples = load_examples(records, PLAIN, positions=5)
+    assert examples == load_examples(records, PLAIN, max_length=5)
+    assert (examples.most, examples.truncated, examples.dropped) == (5, 2, 1)
+    assert load_examples(records, PLAIN, max_length=4, positions=5).most == 4
+    with pytest.raises(UserError, match=r"take a model of more positions \(now 5\)"):
+        load_examples(records[1:], PLAIN, positions=5)
 
 
 def test_an_example_whose_only_label_is_the_first_token_is_dropped():
@@ -270,6 +344,12 @@ def test_fields_of_no_or_several_formats(fields):
         load_examples([{"p": "", "c": "x", "t": "", "m": []}], PLAIN, fields=fields)
 
 
+def test_half_of_a_surrogate_pair_in_what_a_template_shows():
+    turns = [*said("user: a"), {"role": "assistant", "tool_calls": [{"function": {"name": "\ud800"}}]}]
+    with pytest.raises(UserError, match="train record 1: the conversation has a lone surrogate"):
+        load_examples([{"messages": turns}], byte_tokenizer(CALLING))
+
+
 # Bad input: one line, the file and the line number
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
@@ -305,6 +385,44 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
             b'{"messages": [{"role": "user", "content": []}]}\n',
             r"message 1: field 'content' is not a string but a list",
         ),
+        (
+            b'{"messages": [{"role": "assistant", "content": null}]}\n',
+            r"message 1: field 'content' .* but null",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": null, "tool_calls": [{}]}]}\n',
+            r"message 1: field 'content' is not a string but null",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": "", "tool_calls": {}}]}\n',
+            r"message 1: field 'tool_calls' is not a list of objects but an object",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}\n',
+            r"message 1: tool_calls 1 is not an object but a number",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": ""}], "tools": "[1"}\n',
+            r"line 1: field 'tools' is a string of broken JSON",
+        ),
+        (b'{"messages": [{"role": "user", "content": ""}], "tools": [1]}\n', r"tools 1 is not an object"),
+        (
+            GOOD + b'{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}\n',
+            r"line 2: field 'prompt' is a list and 'completion' is a string: give both as strings or both as lists",
+        ),
+        (
+            b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
+            r"line 1: field 'completion' is a list and 'prompt' is a string",
+        ),
+        (b'{"prompt": [], "completion": []}\n', r"line 1: field 'prompt' is an empty list: give"),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant"}]}\n',
+            r"line 1: completion message 1: no field 'content'",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{}]}]}\n',
+            r"line 1: the chat template refuses the conversation",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line_with_the_line_number(tmp_path, content, said):
@@ -326,6 +444,8 @@ def test_a_missing_file_and_a_directory(tmp_path):
 def test_what_a_tokenizer_must_have():
     with pytest.raises(UserError, match="needs a chat template"):
         load_examples([{"messages": [{"role": "user", "content": "a"}]}], PLAIN)
+    with pytest.raises(UserError, match=r"'prompt' needs a chat template.*: give .* as strings instead"):
+        load_examples([{"prompt": said("user: a"), "completion": said("assistant: b")}], PLAIN)
     with pytest.raises(UserError, match="no eos token"):
         load_examples([{"text": "a"}], byte_tokenizer(eos_token=None))
     with pytest.raises(UserError, match=r"train record 1: the chat template refuses .*roles must alternate"):
@@ -358,6 +478,14 @@ def test_collate_pads_on_the_right_to_a_multiple_of_8(lengths):
     for key, tensor in Collator(0)(examples).items():
         assert tensor.dtype == torch.int64
         assert torch.equal(tensor, batch[key])
+
+
+@pytest.mark.parametrize(("positions", "width"), [(None, 16), (11, 11), (12, 12), (16, 16), (100, 16)])
+def test_padding_stays_within_the_models_positions(positions, width):
+    examples = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 11)]
+    assert Collator(0, positions)(examples)["input_ids"].shape == (2, width)
+    (batch,) = batches(examples, 2, 0, seed=0, count=1, positions=positions)
+    assert batch["input_ids"].shape == (2, width)
 
 
 def test_batches_are_a_seeded_shuffle_without_repeats():

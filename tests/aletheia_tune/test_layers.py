@@ -7,12 +7,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     CLIPConfig,
     CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -21,10 +28,18 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RoFormerConfig,
+    RoFormerForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    YosoConfig,
+    YosoForSequenceClassification,
 )
 
 from aletheia_tune.errors import UserError
@@ -35,6 +50,7 @@ from aletheia_tune.layers import (
     find_layers,
     full_modules,
     linear_modules,
+    positions_of,
 )
 
 TINY = {
@@ -229,3 +245,61 @@ def test_the_decoder_above_an_encoder_of_any_depth(depth):
         model = T5ForConditionalGeneration(config)
     assert find_layers(model).path == "decoder.block"
     assert len(linear_modules(model)) == 3 * (4 + 4 + 2)
+
+
+# Positions
+
+ENDS = {**TINY, "max_position_embeddings": 16, "pad_token_id": 1}
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 31, "n_positions": 16}
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(**GPT))
+
+
+def opt() -> OPTForCausalLM:
+    return OPTForCausalLM(OPTConfig(**ENDS, ffn_dim=24, word_embed_proj_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("build", "positions"),
+    [
+        (gpt2, 16),
+        (lambda: get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn", "wpe"])), 16),
+        (lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(**GPT)), 16),
+        (lambda: GPTJForCausalLM(GPTJConfig(**GPT, rotary_dim=4)), 16),
+        (opt, 16),
+        (
+            lambda: BartForCausalLM(
+                BartConfig(
+                    **ENDS, d_model=16, decoder_ffn_dim=24, decoder_layers=2, decoder_attention_heads=2
+                )
+            ),
+            16,
+        ),
+        (lambda: BertForSequenceClassification(BertConfig(**ENDS)), 16),
+        (lambda: RobertaForSequenceClassification(RobertaConfig(**ENDS)), 14),
+        (lambda: YosoForSequenceClassification(YosoConfig(**ENDS)), 16),
+        (lambda: RoFormerForSequenceClassification(RoFormerConfig(**ENDS)), 16),
+        (lambda: LlamaForCausalLM(LlamaConfig(**ENDS, num_key_value_heads=1)), None),
+        (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**ENDS)), None),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=31, hidden_size=16, n_layer=2, n_head=2)), None),
+    ],
+)
+def test_a_model_reads_as_many_tokens_as_it_has_positions_and_no_more(build, positions):
+    model = build().eval()
+    assert positions_of(model) == positions
+    tokens = torch.full((1, positions or 40), 5)
+    with torch.no_grad():
+        model(input_ids=tokens)
+        if positions is not None:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=torch.full((1, positions + 1), 5))
+
+
+def test_a_vision_towers_positions_are_not_of_tokens():
+    vision = {**TINY, "image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
+    text = LlamaConfig(**ENDS, num_key_value_heads=1)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    assert positions_of(model) is None

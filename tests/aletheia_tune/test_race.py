@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from aletheia_tune import race as race_module
 from aletheia_tune.errors import NonFiniteLoss, UserError
@@ -282,6 +283,13 @@ def test_perplexity_is_over_windows_spread_over_the_text(tiny_model_dir, monkeyp
     assert [example["input_ids"] for example in seen] == [ids[start : start + 8] for start in starts]
     with pytest.raises(UserError, match="fewer than two tokens"):
         text_perplexity(model, tokenizer, "a")
+
+
+def test_windows_of_perplexity_fit_the_positions_of_the_model(tiny_model_dir):
+    _, tokenizer = load_model(tiny_model_dir, "float32")
+    sizes = {"n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    assert text_perplexity(model, tokenizer, "a b " * 30) > 1
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "aletheia-race", "version": 2}', "nonsense"])

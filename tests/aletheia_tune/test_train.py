@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from aletheia_tune import train
 from aletheia_tune.data import Collator, load_examples
@@ -557,6 +557,19 @@ def test_a_plan_for_another_model_is_refused(tune, tmp_path):
     with pytest.raises(UserError, match="c_attn"):
         tune(tmp_path / "out", plan=foreign)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("held_out_too", [False, True])
+def test_an_example_longer_than_the_model_has_positions_is_refused(tiny_model_dir, tmp_path, held_out_too):
+    _, tokenizer = load_model(tiny_model_dir, "float32")
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=20, n_embd=16, n_layer=2, n_head=2)
+    )
+    short, long = (load_examples([{"text": "a " * count}], tokenizer) for count in (5, 20))
+    given = (short, long) if held_out_too else (long, None)
+    with pytest.raises(UserError, match=r"an example has 21 tokens .* for 20: .* positions=20"):
+        fine_tune(model, tokenizer, *given, uniform_plan(model, rank=2), CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path):
