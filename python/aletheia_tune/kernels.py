@@ -13,6 +13,7 @@ from aletheia_tune.attention import KernelAttention, kernel_attention
 from aletheia_tune.head import LabelledHead, labelled_head
 from aletheia_tune.norms import KernelNorms, kernel_norms
 from aletheia_tune.patch import PatchReport, apply_kernels, restore
+from aletheia_tune.quantised import kept_layout
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def use_kernels(
         UserError: as `apply_kernels` raises it.
     """
     with ExitStack() as undo:
+        undo.enter_context(kept_layout(model))
         patch = apply_kernels(model, example_inputs=example_inputs, strict=strict)
         undo.callback(restore, model)
         attention = undo.enter_context(kernel_attention(model))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from aletheia_tune.dora import dora_reason, is_dora
-from aletheia_tune.quantised import product_dtype, scheme_of, unknown_quantisation
+from aletheia_tune.quantised import kept_layout, product_dtype, scheme_of, unknown_quantisation
 from aletheia_tune.sharding import is_sharded
 from aletheia_tune.torch_state import is_hooked
 
@@ -28,7 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        with torch.no_grad(), kept_layout(model), torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module, training in modes:

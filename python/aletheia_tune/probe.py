@@ -36,7 +36,7 @@ from aletheia_tune.environment import peak_memory_mb
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.head import labelled_head
 from aletheia_tune.layers import bare_model, bare_modules, find_layers, kind_of, linears
-from aletheia_tune.quantised import scheme_of
+from aletheia_tune.quantised import kept_layout, scheme_of
 from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.scores.activation import Activation
 from aletheia_tune.scores.cka import Cka, Pooling
@@ -700,6 +700,7 @@ def probe_all(
     tokens = labelled = 0
     start = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(kept_layout(bare))
         stack.enter_context(_as_found(model, seed))
         if bare is not model:
             wrapper: Any = model

@@ -12,7 +12,8 @@ Neither library is imported here: where there is one of its weights, it has been
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,26 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _LIBRARIES = ("bitsandbytes", "torchao")
+# bitsandbytes' name for whether a 4-bit linear may lay its weight out anew.
+_MAY_PACK = "support_avx512bf16_for_cpu"
+
+
+@contextmanager
+def kept_layout(model: nn.Module) -> Iterator[None]:
+    """bitsandbytes leaves 4-bit weights as they are, whatever mode the model runs in.
+
+    On a processor with AVX512-BF16 the first forward pass in evaluation mode on an input without a gradient would lay
+    them out anew in place, for a kernel of its own: scales rounded to bfloat16, and no gradient of the input from then
+    on, in training neither.
+    """
+    packing = [module for module in model.modules() if module.__dict__.get(_MAY_PACK)]
+    for module in packing:
+        setattr(module, _MAY_PACK, False)
+    try:
+        yield
+    finally:
+        for module in packing:
+            setattr(module, _MAY_PACK, True)
 
 
 class Scheme(ABC):

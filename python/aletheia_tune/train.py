@@ -47,6 +47,7 @@ from aletheia_tune.layers import positions_of
 from aletheia_tune.packing import require_separation
 from aletheia_tune.prefix import PrefixCut, cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
+from aletheia_tune.quantised import kept_layout
 from aletheia_tune.rates import parameter_groups
 from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
 from aletheia_tune.shrink import Shrinking, lowest_kept
@@ -611,6 +612,7 @@ def fine_tune(
         if resume:
             progress.console.print(keeper.says(), highlight=False, soft_wrap=True)
         with contextlib.ExitStack() as undo:
+            undo.enter_context(kept_layout(model))
             if config.gradient_checkpointing:
                 undo.enter_context(_checkpointed(model))
             trainer = undo.enter_context(
@@ -1119,7 +1121,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        yield
+        with kept_layout(model):
+            yield
     finally:
         model.train(was_training)
 

@@ -25,6 +25,7 @@ import aletheia_kernels
 from aletheia_tune import quantised
 from aletheia_tune.cost import Batch, ModelShape, TimedPlan, timed_plans, uniform_of
 from aletheia_tune.data import load_examples
+from aletheia_tune.kernels import use_kernels
 from aletheia_tune.layers import linear_modules
 from aletheia_tune.patch import apply_kernels, restore
 from aletheia_tune.plan import uniform_plan
@@ -255,15 +256,29 @@ def test_eight_bits_outside_training_are_the_library_s(load, calls):
 
 def test_restored_bit_for_bit_and_saved_as_peft_saves(load, scheme, tmp_path):
     model = adapted(load(scheme)).eval()
-    before = model(input_ids=ids()).logits
-    model.save_pretrained(tmp_path / "before")
-    apply_kernels(model, strict=True)
-    model(input_ids=ids())
-    model.save_pretrained(tmp_path / "after")
-    restore(model)
-    assert torch.equal(model(input_ids=ids()).logits, before)
+    with quantised.kept_layout(model):  # or bitsandbytes would change what it saves
+        before = model(input_ids=ids()).logits
+        model.save_pretrained(tmp_path / "before")
+        apply_kernels(model, strict=True)
+        model(input_ids=ids())
+        model.save_pretrained(tmp_path / "after")
+        restore(model)
+        assert torch.equal(model(input_ids=ids()).logits, before)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def test_an_evaluation_in_between_leaves_the_layout(load):
+    """Where bitsandbytes lays weights out anew for its inference, training ends: the input has no gradient any more."""
+    model = adapted(load("nf4"), target_modules=["q_proj"])
+    linears = [module for module in model.modules() if quantised.scheme_of(module) is not None]
+    for linear in linears:
+        linear.support_avx512bf16_for_cpu = True
+    with use_kernels(model), torch.no_grad():
+        model.eval()(input_ids=ids())
+    assert linears
+    assert not any(getattr(linear.weight.quant_state, "packing_format_for_cpu", False) for linear in linears)
+    assert all(linear.support_avx512bf16_for_cpu for linear in linears)
 
 
 def test_what_multiplies_by_more_than_the_weight_stays_with_peft(load):
