@@ -69,3 +69,26 @@ def magnitude_over_norm(layer: Any, adapter_name: str) -> Tensor:
         )
         norms = norms_sq.clamp_min_(0).sqrt_()
     return layer.lora_magnitude_vector[adapter_name].weight.float() / norms
+
+
+class _Rescale(torch.autograd.Function):
+    """y + y ⊙ e [out]: a pass over y forward, and one over dy backward beside the gradient of e."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, beyond_one: Tensor) -> Tensor:
+        ctx.save_for_backward(y, beyond_one)
+        return torch.addcmul(y, y, beyond_one)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y, beyond_one = ctx.saved_tensors
+        return torch.addcmul(dy, dy, beyond_one), (dy * y).sum(tuple(range(dy.dim() - 1)))
+
+
+def rescaled_by(y: Tensor, ratio: Tensor) -> Tensor:
+    """y [.., out] ⊙ ratio [out], in y's dtype.
+
+    The ratio of magnitude and norm is near 1, and bfloat16 holds its distance from 1 far better than the ratio itself.
+    """
+    rescaled: Tensor = _Rescale.apply(y, (ratio - 1).to(y.dtype))
+    return rescaled

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import aletheia_kernels
 from aletheia_tune.classification import full_beside_head
-from aletheia_tune.dora import is_dora, magnitude_over_norm
+from aletheia_tune.dora import is_dora, magnitude_over_norm, rescaled_by
 from aletheia_tune.errors import UserError
 from aletheia_tune.experts import (
     ExpertsForward,
@@ -97,9 +97,7 @@ def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
     )
     for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
         if rescaled[index]:
-            # The magnitude is near the norm: bfloat16 holds their ratio's distance from 1 far better than the ratio.
-            y, beyond_one = outputs[index], magnitude_over_norm(layer, name) - 1
-            y = torch.addcmul(y, y, beyond_one.to(y.dtype))
+            y = rescaled_by(outputs[index], magnitude_over_norm(layer, name))
             outputs[index] = y if bases[index].bias is None else y + bases[index].bias
     # A quantised weight may be multiplied in another dtype than its input's, in which its output goes on.
     return outputs if scheme_of(bases[0]) is None else [y.to(x.dtype) for y in outputs]
