@@ -48,7 +48,8 @@ def _ranges(
         last = position if causal else torch.full_like(position, length)
         return torch.zeros_like(last).expand(batch, length), last.expand(batch, length)
     version, found = _known.get(mask, (None, None))
-    if version != version_of(mask):
+    # Nobody counts what is written to a tensor of inference mode: nothing known of it lasts.
+    if version != version_of(mask) or mask.is_inference():
         found = ranges_of(mask)
         _known[mask] = (version_of(mask), found)
     if found is None:

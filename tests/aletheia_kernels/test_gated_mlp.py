@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aletheia_kernels.gated_mlp import ACTIVATIONS
 from tests.gated_mlp_case import Case
+from tests.layouts import every_other_column, transposed
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -66,28 +67,16 @@ def test_saturated_gates_stay_finite(backend, two_times_rule, activation):
         two_times_rule(name, ours[name], plain[name], exact[name])
 
 
-def _every_other_column(t: Tensor) -> Tensor:
-    holder = torch.full((t.shape[0], 2 * t.shape[1]), float("nan"), dtype=t.dtype)
-    holder[:, ::2] = t
-    return holder[:, ::2]
-
-
-def _transposed(t: Tensor) -> Tensor:
-    return t.T.contiguous().T
-
-
 # Rows and widths for which wide registers pack a weight's columns before the product, and as they come to them.
-@pytest.mark.parametrize("weight_layout", [_transposed, _every_other_column])
+@pytest.mark.parametrize("weight_layout", [transposed, every_other_column])
 @pytest.mark.parametrize(("tokens", "widths"), [(70, (48, 56, 24)), (300, (256, 520, 256))])
 @DTYPES
 def test_strided_operands(backend, two_times_rule, dtype, tokens, widths, weight_layout):
     case = Case.draw(tokens, widths, (5, 0, 11), dtype)
     plain, exact = case.plain(dtype), case.plain(torch.float64)
     case.weights = [weight_layout(w) for w in case.weights]
-    leaves = [
-        _every_other_column(t).detach().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)
-    ]
-    case.dy = _every_other_column(case.dy)
+    leaves = [every_other_column(t).detach().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)]
+    case.dy = every_other_column(case.dy)
     ours = case.results(case.call(leaves), leaves)
     for name in exact:
         two_times_rule(name, ours[name], plain[name], exact[name])
@@ -162,14 +151,14 @@ def test_leading_dimensions_are_kept(backend):
     assert torch.equal(stacked.view(24, 10), case.call(leaves))
 
 
-def _transposed_up(case: Case) -> None:
+def transposed_up(case: Case) -> None:
     case.weights[1] = case.weights[1][:4]
     case.lora_Bs[1] = case.lora_Bs[1][:4]
 
 
 BAD = {
     "two weights": (lambda case: case.weights.pop(), "expected one weight, bias, A, B and scaling"),
-    "gate and up": (_transposed_up, "gate is .* expected one shape"),
+    "gate and up": (transposed_up, "gate is .* expected one shape"),
     "activation": (lambda case: setattr(case, "activation", "relu"), "expected silu or gelu_tanh, got relu"),
     "down": (lambda case: case.weights.__setitem__(2, case.x), r"weights\[0\]: expected \[out, 6\]"),
     "trained": (lambda case: case.weights[0].requires_grad_(), "expected frozen ones"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from aletheia_kernels import cpu, lora_group
 from aletheia_kernels.backends import BackendError
 from aletheia_kernels.reference import philox
+from tests.layouts import every_other_column, transposed
 from tests.lora_case import Case
 
 # The reference, and the compiled operators on every instruction set that this processor offers.
@@ -83,27 +84,17 @@ def test_wide_weights_do_not_depend_on_threads():
             assert torch.equal(results.setdefault(name, given[name]), given[name]), name
 
 
-def _every_other_column(t: Tensor) -> Tensor:
-    holder = torch.full((t.shape[0], 2 * t.shape[1]), float("nan"), dtype=t.dtype)
-    holder[:, ::2] = t
-    return holder[:, ::2]
-
-
-def _transposed(t: Tensor) -> Tensor:
-    return t.T.contiguous().T
-
-
 # Rows and widths for which wide registers pack a weight's columns before the product, and as they come to them.
-@pytest.mark.parametrize("weight_layout", [_transposed, _every_other_column])
+@pytest.mark.parametrize("weight_layout", [transposed, every_other_column])
 @pytest.mark.parametrize(("tokens", "width"), [(70, 48), (300, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_strided_operands(every_set, two_times_rule, dtype, tokens, width, weight_layout):
     case = Case.draw(tokens, width, [(width // 2, 5, True), (width + 8, 11, False)], dtype)
     plain, exact = case.plain(dtype), case.plain(torch.float64)
-    case.x, case.dys = _every_other_column(case.x), [_every_other_column(dy) for dy in case.dys]
+    case.x, case.dys = every_other_column(case.x), [every_other_column(dy) for dy in case.dys]
     case.weights = [weight_layout(w) for w in case.weights]
-    case.lora_As = [_every_other_column(a) for a in case.lora_As]
-    case.lora_Bs = [_transposed(b) for b in case.lora_Bs]
+    case.lora_As = [every_other_column(a) for a in case.lora_As]
+    case.lora_Bs = [transposed(b) for b in case.lora_Bs]
     n = len(case.weights)
     leaves = [t.detach().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs)]
     ys = lora_group(leaves[0], case.weights, case.biases, leaves[1 : 1 + n], leaves[1 + n :], case.scalings)
