@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from aletheia_kernels import backends, range_attention
 from aletheia_tune.layers import bare_model
-from aletheia_tune.torch_state import version_of
+from aletheia_tune.torch_state import counts_writes, version_of
 
 NAME = "aletheia"
 # What other attention functions are given that changes the result and that the operator does not know.
@@ -48,8 +48,7 @@ def _ranges(
         last = position if causal else torch.full_like(position, length)
         return torch.zeros_like(last).expand(batch, length), last.expand(batch, length)
     version, found = _known.get(mask, (None, None))
-    # Nobody counts what is written to a tensor of inference mode: nothing known of it lasts.
-    if version != version_of(mask) or mask.is_inference():
+    if version != version_of(mask) or not counts_writes(mask):
         found = ranges_of(mask)
         _known[mask] = (version_of(mask), found)
     if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,6 +16,12 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def counts_writes(tensor: Tensor) -> bool:
+    """Whether PyTorch counts what is written to a tensor in place, as for all but those of inference mode."""
+    # A compiler cannot trace the question, and traces no tensor of inference mode.
+    return torch.compiler.is_compiling() or not tensor.is_inference()
+
+
 def version_of(tensor: Tensor) -> int:
-    """How often it was written to in place. PyTorch does not count for a tensor of inference mode: 0 always."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often it was written to in place; 0 always where that is not counted."""
+    return tensor._version if counts_writes(tensor) else 0
