@@ -31,8 +31,8 @@ from aletheia_tune.cost import (
     predict,
     timed_plans,
 )
+from aletheia_tune.loading import load_model
 from aletheia_tune.plan import ModulePlan, Plan
-from aletheia_tune.train import load_model
 
 ALLOWED = 0.10
 

@@ -30,6 +30,8 @@ from aletheia_tune import files
 from aletheia_tune.data import Collator, batches, load_examples, pad_token_id
 from aletheia_tune.environment import machine_facts
 from aletheia_tune.errors import UserError
+from aletheia_tune.evaluation import held_out_loss
+from aletheia_tune.loading import load_model
 from aletheia_tune.norms import kernel_norms
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import Plan, make_plan, uniform_plan
@@ -37,7 +39,7 @@ from aletheia_tune.probe import probe
 from aletheia_tune.race import Arm, RaceResult, race
 from aletheia_tune.report import verdict, write_report
 from aletheia_tune.scores import Scores
-from aletheia_tune.train import TrainConfig, held_out_loss, load_model
+from aletheia_tune.training_config import TrainConfig
 
 RUNS = Path("runs")
 RANK = 16

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from aletheia_tune.metrics import EvalRecord, StepRecord, TrainResult
 from aletheia_tune.plan import ModulePlan, Plan, make_plan
 from aletheia_tune.race import ArmResult, RaceResult
 from aletheia_tune.scores import ModuleScore, Scores
-from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult
+from aletheia_tune.training_config import TrainConfig
 
 LAYERS = 6
 MODULES = {

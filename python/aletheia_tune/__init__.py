@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from aletheia_tune.full import float32_weights
     from aletheia_tune.kernels import KernelsInUse, use_kernels
     from aletheia_tune.layers import positions_of
+    from aletheia_tune.loading import load_model
     from aletheia_tune.merge import merge_adapter
+    from aletheia_tune.metrics import TrainResult
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from aletheia_tune.scores import ModuleScore, Scores
     from aletheia_tune.scores.merge import merge_scores
     from aletheia_tune.start import gradient_start
-    from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+    from aletheia_tune.train import fine_tune
+    from aletheia_tune.training_config import TrainConfig
     from aletheia_tune.whole_checkpoint import load_optimizer, save_checkpoint
 
 _MODULE_OF = {
@@ -65,10 +68,10 @@ _MODULE_OF = {
     "Scores": "scores",
     "merge_scores": "scores.merge",
     "gradient_start": "start",
-    "TrainConfig": "train",
-    "TrainResult": "train",
+    "TrainConfig": "training_config",
+    "TrainResult": "metrics",
     "fine_tune": "train",
-    "load_model": "train",
+    "load_model": "loading",
 }
 
 __all__ = [

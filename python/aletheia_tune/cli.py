@@ -566,7 +566,8 @@ def train(
     from aletheia_tune.data import class_names
     from aletheia_tune.layers import positions_of
     from aletheia_tune.plan import Plan
-    from aletheia_tune.train import TrainConfig, fine_tune
+    from aletheia_tune.train import fine_tune
+    from aletheia_tune.training_config import TrainConfig
 
     check_output(out, overwrite, resume)
     chosen = Plan.from_json(_read(plan_file, "plan"))
@@ -693,7 +694,7 @@ def compare(
     from aletheia_tune.plan import Plan, uniform_plan
     from aletheia_tune.race import Arm, race
     from aletheia_tune.report import write_report
-    from aletheia_tune.train import TrainConfig
+    from aletheia_tune.training_config import TrainConfig
 
     files.check_output(out, overwrite)
     tariff = worth.Tariff(price_per_hour, watts)
@@ -878,7 +879,7 @@ def _model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, in a process that keeps the memory of one step for the next."""
     from aletheia_kernels import tune_allocator
-    from aletheia_tune.train import load_model
+    from aletheia_tune.loading import load_model
 
     tune_allocator()
     return load_model(directory, dtype.value, classes, seed)

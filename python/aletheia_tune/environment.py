@@ -26,6 +26,9 @@ PACKAGES = (
     "safetensors",
 )
 
+# Of frozen weights.
+DTYPES = ("bfloat16", "float32")
+
 # The environment's form of `aletheia_kernels.tune_allocator`, for processes whose settings must not hang on whether
 # the extension was built: arms of a benchmark that run plain torch.
 ALLOCATOR = {
@@ -97,6 +100,19 @@ def native_dtype() -> str:
 
     fast = torch.cuda.is_available() or has_vendor_products(torch.bfloat16)
     return "bfloat16" if fast else "float32"
+
+
+def known_dtype(name: str) -> str:
+    """The dtype of frozen weights that a user asked for, "native" resolved.
+
+    Raises:
+        UserError: neither of `DTYPES` nor "native".
+    """
+    if name == "native":
+        return native_dtype()
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown: choose one of native, {', '.join(DTYPES)}")
+    return name
 
 
 def is_first_process() -> bool:

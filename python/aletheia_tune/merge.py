@@ -21,7 +21,7 @@ from torch import nn
 from aletheia_tune import files
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import full_modules
-from aletheia_tune.train import load_model, no_progress_bars
+from aletheia_tune.loading import load_model, no_progress_bars
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -32,10 +32,14 @@ from aletheia_kernels import tune_allocator
 from aletheia_tune import files
 from aletheia_tune.data import Collator, Example, Fields, class_names, load_examples, pad_token_id
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.evaluation import held_out_loss
 from aletheia_tune.layers import positions_of
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import TrainResult
 from aletheia_tune.plan import Plan
 from aletheia_tune.recipe import Recipe
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -32,7 +32,7 @@ from aletheia_tune.environment import machine_facts, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.race import Arm, ArmResult, RaceResult, RaceTable, race
 from aletheia_tune.recipe import Recipe
-from aletheia_tune.train import TrainConfig
+from aletheia_tune.training_config import TrainConfig
 
 # A baseline that has learned less than this share of its loss sets no target worth reaching.
 LEARNED = 0.05

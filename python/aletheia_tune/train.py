@@ -7,19 +7,16 @@ import dataclasses
 import json
 import math
 import os
-import statistics
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import PeftModel, get_peft_model
 from rich.console import Console
@@ -31,27 +28,24 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aletheia_tune import files
 from aletheia_tune.checkpoint import Checkpoint, Keeper, identity, records, table
-from aletheia_tune.classification import class_of, is_classifier, load_classifier
+from aletheia_tune.classification import class_of, is_classifier
 from aletheia_tune.data import Collator, Example, batches, pad_token_id
-from aletheia_tune.environment import (
-    is_first_process,
-    native_dtype,
-    peak_memory_mb,
-    require_whole_models,
-    versions,
-)
+from aletheia_tune.environment import is_first_process, peak_memory_mb, require_whole_models, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.evaluation import held_out
 from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.layers import positions_of
+from aletheia_tune.metrics import NO_PREFIX_CACHE, EvalRecord, StepRecord, TrainResult
 from aletheia_tune.packing import require_separation
 from aletheia_tune.prefix import PrefixCut, cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
 from aletheia_tune.quantised import kept_layout
 from aletheia_tune.rates import parameter_groups
-from aletheia_tune.sampled_depth import DepthSampler, check_odds, sampled_depth
+from aletheia_tune.sampled_depth import DepthSampler, sampled_depth
 from aletheia_tune.shrink import Shrinking, lowest_kept
 from aletheia_tune.start import gradient_start
+from aletheia_tune.training_config import FREE_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,461 +53,8 @@ if TYPE_CHECKING:
     from aletheia_tune.patch import PatchReport
     from aletheia_tune.plan import Plan
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-SCHEDULES = ("linear", "cosine", "constant")
-INITS = ("default", "gradient")
 START_BATCHES = 4
 MAX_GRAD_NORM = 1.0
-NO_PREFIX_CACHE = "none: no directory was given"
-# Settings that change no adapter, or its last bits at most: a training may go on with others.
-FREE_SETTINGS = (
-    "eval_every",
-    "eval_batch_size",
-    "checkpoint_every",
-    "prefix_cache",
-    "prefix_cache_gb",
-    "threads",
-    "progress",
-)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train, whatever the plan.
-
-    Attributes:
-        steps: optimizer steps; excludes `epochs`.
-        epochs: passes over the training examples; 1 when neither is given.
-        batch_size: examples in one forward pass.
-        gradient_accumulation: forward passes in one optimizer step.
-        group_by_length: examples of like length share a batch, so that less of it is padding.
-        packing: the examples of a batch lie one after another in one row, without padding, and do not attend to each
-            other; the loss is that of the padded batch.
-        learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
-        lora_plus: learning rate of the adapters' B over that of their A, which is `learning_rate` (LoRA+, arXiv
-            2402.12354).
-        full_rate: learning rate of what the plan trains in full over that of A.
-        schedule: "linear" or "cosine" decay to zero, or "constant", each after the warm-up.
-        warmup: steps of linear warm-up; below 1, the share of all steps.
-        label_smoothing: share of every label that all tokens of the vocabulary, or all classes, divide among them, in
-            training alone.
-        init: of the adapters' A: "default" is PEFT's; "gradient" spans the leading directions of the weights'
-            gradients over the first 4 batches of a shuffle of its own (`start.gradient_start`), at a cost that counts
-            as training time. B begins as 0 in either.
-        seed: of the adapters' initial weights, the dropout and the order of the examples.
-        dtype: of the frozen weights, "bfloat16" or "float32"; "native" becomes whichever is fast here.
-        adapter_dtype: "float32", or "frozen" for the dtype of the frozen weights: faster in PEFT's own forward, at the
-            price of updates that round away. So it is for what is trained in full (`full.float32_weights`), which is
-            saved in the frozen weights' dtype in either.
-        max_length: longest example in tokens.
-        kernels: run the LoRA linears and, where they serve, attention, RMS norms and rotary embeddings on this
-            package's operators and the output embedding on labelled rows only; otherwise PEFT's and transformers'
-            own forwards.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        prefix_cache: directory in which to keep what the layers under the lowest adapter put out; None for none.
-        prefix_cache_gb: size that all its entries may have at most, in GiB.
-        sampled_depth: by the index of a layer, the odds that a step's backward pass ends there; adapters of lower
-            layers act in that step and are not trained by it. None trains all in every step.
-        reweight_depth: divide each gradient by the probability that its layer is reached, so that before the norm is
-            clipped it is unbiased.
-        shrink_after: share of the steps, in percent, after which the lower layers' adapters stay as they are, acting
-            in the forward pass; None trains all to the end.
-        shrink_to: share of the layers, in percent, that go on learning then: those nearest to the loss.
-        eval_every: optimizer steps between evaluations; None evaluates before and after only.
-        eval_batch_size: examples in one forward pass of an evaluation.
-        checkpoint_every: optimizer steps between checkpoints, from which `fine_tune` goes on with `resume`; None writes
-            none.
-        threads: CPU threads; None leaves torch's own choice.
-        progress: show progress on stderr.
-
-    Raises:
-        UserError: a value that cannot be meant.
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 4
-    gradient_accumulation: int = 1
-    group_by_length: bool = False
-    packing: bool = False
-    learning_rate: float = 2e-4
-    lora_plus: float = 1.0
-    full_rate: float = 0.1
-    schedule: str = "linear"
-    warmup: float = 0.03
-    label_smoothing: float = 0.0
-    init: Literal["default", "gradient"] = "default"
-    seed: int = 0
-    dtype: Literal["native", "bfloat16", "float32"] = "native"
-    adapter_dtype: Literal["float32", "frozen"] = "float32"
-    max_length: int = 1024
-    kernels: bool = True
-    gradient_checkpointing: bool = False
-    prefix_cache: str | None = None
-    prefix_cache_gb: float = 8.0
-    sampled_depth: Mapping[int, float] | None = None
-    reweight_depth: bool = False
-    shrink_after: float | None = None
-    shrink_to: float = 50.0
-    eval_every: int | None = None
-    eval_batch_size: int = 4
-    checkpoint_every: int | None = None
-    threads: int | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise UserError("steps and epochs exclude each other: give one of them")
-        for name in ("steps", "epochs", "eval_every", "checkpoint_every", "threads"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} is {value}: it must be more than 0")
-        for name in ("batch_size", "gradient_accumulation", "eval_batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.prefix_cache_gb > 0:
-            raise UserError(f"prefix cache of {self.prefix_cache_gb} GiB: give a size above 0")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
-        if not (self.lora_plus > 0 and math.isfinite(self.lora_plus)):
-            raise UserError(f"lora_plus is {self.lora_plus}: it must be a positive number, 1 for equal rates")
-        if not (self.full_rate > 0 and math.isfinite(self.full_rate)):
-            raise UserError(f"full_rate is {self.full_rate}: it must be a positive number, 1 for equal rates")
-        if not (self.warmup >= 0 and math.isfinite(self.warmup)):
-            raise UserError(
-                f"warmup is {self.warmup}: give a share of the steps below 1, or a number of steps"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"label smoothing is {self.label_smoothing}: it must be at least 0 and less than 1"
-            )
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
-        if self.sampled_depth is not None:
-            check_odds(self.sampled_depth)
-        if self.shrink_after is not None:
-            for name in ("shrink_after", "shrink_to"):
-                if not 0 < getattr(self, name) < 100:
-                    raise UserError(
-                        f"{name} is {getattr(self, name)}: give a share in percent between 0 and 100"
-                    )
-            if self.sampled_depth is not None:
-                raise UserError("sampled_depth and shrink_after exclude each other: give one of them")
-        if self.init not in INITS:
-            raise UserError(f"init {self.init!r} is unknown: choose one of {', '.join(INITS)}")
-        object.__setattr__(self, "dtype", _resolved(self.dtype))
-        if self.adapter_dtype not in ("float32", "frozen"):
-            raise UserError(f"adapter dtype {self.adapter_dtype!r} is unknown: choose float32 or frozen")
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step.
-
-    Attributes:
-        step: counted from 1.
-        seconds: training time from the start to the end of this step, a start from the gradient with it and
-            evaluation left out.
-        step_seconds: time of this step alone.
-        loss: mean over the step's labelled tokens, before its update.
-        learning_rate: at which the update of A was made.
-        grad_norm: L2 norm of all gradients before clipping.
-        tokens: tokens in the step's batches, padding left out.
-        forward_seconds: of `step_seconds`, the forward passes and the loss; None on an accelerator, which computes
-            while the clock of this process runs on.
-        backward_seconds: of `step_seconds`, the backward passes; the rest is clipping and the update.
-    """
-
-    step: int
-    seconds: float
-    step_seconds: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    forward_seconds: float | None = None
-    backward_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """Held-out loss per label (a token; of a classifier a text) after `step` updates and `seconds` of training.
-
-    `accuracy` is a classifier's: the share of held-out texts whose own class has the largest logit.
-    """
-
-    step: int
-    seconds: float
-    loss: float
-    accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `fine_tune` did and measured.
-
-    Attributes:
-        history: every optimizer step.
-        evals: every evaluation, the first before training (step 0).
-        trainable_parameters: number of weights trained, in adapters and in full, a classifier's head with them.
-        peak_memory_mb: largest resident memory of the process, in MiB; on an accelerator, its allocated memory.
-        patch_report: "summary" and, under "modules", each LoRA module's path and reason; None without kernels.
-        head: over which rows the output embedding and the loss ran, "labelled rows" or "all rows" and why.
-        attention: what computed attention in training, "operator" or "the model's own" and why.
-        norms: how many norms and whether the rotary embedding ran on the operators, and why not the rest.
-        prefix_layers: layers that ran without an autograd graph; where training shrank, from then on.
-        setup_seconds: from the plan to the first evaluation, but for a start from the gradient: adapters attached,
-            forwards patched.
-        prefix_cache: how many examples' prefix was read, computed and kept, and computed anew; or why there was none.
-        stopped: why training ended early; None when it ran to its end.
-        config: the `TrainConfig` as a dictionary.
-        versions: of Python and the packages.
-        classes: of a classifier, by number; None of another model.
-        model: the trained PEFT model, its forwards PEFT's own again; None when read from JSON.
-    """
-
-    history: tuple[StepRecord, ...]
-    evals: tuple[EvalRecord, ...]
-    trainable_parameters: int
-    peak_memory_mb: float
-    patch_report: dict[str, Any] | None
-    head: str
-    attention: str
-    norms: str
-    prefix_layers: int
-    stopped: str | None
-    config: dict[str, Any]
-    versions: dict[str, str]
-    setup_seconds: float = 0.0
-    prefix_cache: str = NO_PREFIX_CACHE
-    classes: tuple[str, ...] | None = None
-    model: PeftModel | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def eval_loss_before(self) -> float | None:
-        """Held-out loss per label of the model before the first update."""
-        return self.evals[0].loss if self.evals else None
-
-    @property
-    def eval_loss_after(self) -> float | None:
-        """Held-out loss per label after the last step; None if training stopped early."""
-        return None if self._last_eval is None else self._last_eval.loss
-
-    @property
-    def eval_accuracy_before(self) -> float | None:
-        """A classifier's held-out accuracy before the first update."""
-        return self.evals[0].accuracy if self.evals else None
-
-    @property
-    def eval_accuracy_after(self) -> float | None:
-        """A classifier's held-out accuracy after the last step; None if training stopped early."""
-        return None if self._last_eval is None else self._last_eval.accuracy
-
-    @property
-    def _last_eval(self) -> EvalRecord | None:
-        if self.stopped or not self.evals or not self.history or self.evals[-1].step != self.history[-1].step:
-            return None
-        return self.evals[-1]
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Median time of a step in seconds, evaluation left out."""
-        return statistics.median(record.step_seconds for record in self.history) if self.history else None
-
-    @property
-    def seconds_by_part(self) -> dict[str, float] | None:
-        """Median seconds of a step's "forward", "backward" and "update"; None where they were not measured."""
-        steps = [
-            (record.forward_seconds, record.backward_seconds, record.step_seconds)
-            for record in self.history
-            if record.forward_seconds is not None and record.backward_seconds is not None
-        ]
-        if not steps:
-            return None
-        return {
-            "forward": statistics.median(forward for forward, _, _ in steps),
-            "backward": statistics.median(backward for _, backward, _ in steps),
-            "update": statistics.median(whole - forward - backward for forward, backward, whole in steps),
-        }
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens trained on, padding left out, by second of training time."""
-        if not self.history:
-            return None
-        return sum(record.tokens for record in self.history) / self.history[-1].seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, in JSON's types; derived figures are in it for readers of the file."""
-        return {
-            "format": "aletheia-metrics",
-            "version": 1,
-            "stopped": self.stopped,
-            "eval_loss_before": self.eval_loss_before,
-            "eval_loss_after": self.eval_loss_after,
-            "eval_accuracy_before": self.eval_accuracy_before,
-            "eval_accuracy_after": self.eval_accuracy_after,
-            "step_seconds": self.step_seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "trainable_parameters": self.trainable_parameters,
-            "prefix_layers": self.prefix_layers,
-            "setup_seconds": self.setup_seconds,
-            "prefix_cache": self.prefix_cache,
-            "head": self.head,
-            "attention": self.attention,
-            "norms": self.norms,
-            "peak_memory_mb": self.peak_memory_mb,
-            "config": self.config,
-            "versions": self.versions,
-            "classes": None if self.classes is None else list(self.classes),
-            "patch_report": self.patch_report,
-            "evals": [dataclasses.asdict(record) for record in self.evals],
-            "history": [dataclasses.asdict(record) for record in self.history],
-        }
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> TrainResult:
-        """The result that `to_dict` described, without its model.
-
-        Raises:
-            UserError: not such a dictionary.
-        """
-        try:
-            if (values["format"], values["version"]) != ("aletheia-metrics", 1):
-                raise UserError("these are not aletheia metrics of version 1")
-            return TrainResult(
-                history=tuple(StepRecord(**record) for record in values["history"]),
-                evals=tuple(EvalRecord(**record) for record in values["evals"]),
-                trainable_parameters=values["trainable_parameters"],
-                peak_memory_mb=values["peak_memory_mb"],
-                patch_report=values["patch_report"],
-                head=values["head"],
-                attention=values["attention"],
-                norms=values["norms"],
-                prefix_layers=values["prefix_layers"],
-                prefix_cache=values.get("prefix_cache", NO_PREFIX_CACHE),
-                stopped=values["stopped"],
-                config=values["config"],
-                versions=values["versions"],
-                setup_seconds=values.get("setup_seconds", 0.0),
-                classes=None if values.get("classes") is None else tuple(values["classes"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"these are not aletheia metrics of version 1: {error}") from error
-
-
-def _resolved(dtype: str) -> str:
-    if dtype == "native":
-        return native_dtype()
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown: choose one of native, {', '.join(DTYPES)}")
-    return dtype
-
-
-def load_model(
-    model_dir: str | os.PathLike[str],
-    dtype: str = "native",
-    classes: Sequence[str] | None = None,
-    seed: int = 0,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
-
-    Weights are read from safetensors only, and no code that comes with the model is run.
-
-    Args:
-        model_dir: the directory, or a name in the cache.
-        dtype: of the weights, "bfloat16", "float32", "native" for `native_dtype`, or "auto" for the one
-            in which they are stored.
-        classes: a sequence classifier for these classes instead, as `classification.load_classifier` makes it.
-        seed: of a classifier's new head.
-
-    Raises:
-        UserError: nothing there, not a causal language model (a model with a classifier), no tokenizer, or an unknown
-            dtype; as `load_classifier` raises it.
-    """
-    weights = dtype if dtype == "auto" else DTYPES[_resolved(dtype)]
-    path = Path(model_dir)
-    local = path.exists()
-    if local and not path.is_dir():
-        raise UserError(f"model {model_dir} is a file: give the directory that holds config.json")
-    if local and not (path / "config.json").is_file():
-        raise UserError(
-            f"model directory {model_dir} has no config.json: give one written by save_pretrained"
-        )
-    if not local and (
-        path.is_absolute() or str(model_dir).startswith((".", "~")) or str(model_dir).count("/") != 1
-    ):
-        raise UserError(f"model directory {model_dir} does not exist")
-    source = str(path) if local else str(model_dir)
-    try:
-        with no_progress_bars():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-            options: dict[str, Any] = {"dtype": weights, "local_files_only": local, "use_safetensors": True}
-            model: Any
-            if classes is None:
-                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-            else:
-                model = load_classifier(source, tokenizer, classes, seed, **options)
-    except (OSError, ValueError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
-        ) from error
-    return model, tokenizer
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """transformers' bars for shards of weights, which a model of any size that fits here passes in no time, are off."""
-    were_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def held_out_loss(
-    model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int
-) -> float:
-    """The loss that `held_out` gives."""
-    return held_out(model, examples, collator, batch_size)[0]
-
-
-@torch.no_grad()
-def held_out(
-    model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int
-) -> tuple[float, float | None]:
-    """Mean cross entropy, in nats per label over all examples (not a mean of batch means), and a classifier's accuracy.
-
-    A language model's labels are tokens, a classifier's the classes of texts; accuracy is the share of texts whose own
-    class has the largest logit. The model runs in eval mode and is left in the mode it was in. Examples of like length
-    share a batch.
-    """
-    device = next(model.parameters()).device
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
-    total, count = 0.0, 0
-    right: int | None = None
-    with _eval_mode(model):
-        for start in range(0, len(ordered), batch_size):
-            batch = {
-                name: tensor.to(device)
-                for name, tensor in collator(ordered[start : start + batch_size]).items()
-            }
-            labels = batch.pop("labels")
-            if labels.dim() == 1:
-                logits = model(**batch).logits
-                right = (right or 0) + int((logits.argmax(-1) == labels).sum())
-            else:
-                logits, labels = model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
-            labelled = labels != -100
-            # Only the labelled rows go to fp32: all of them would be the largest tensor of the run.
-            total += F.cross_entropy(logits[labelled].float(), labels[labelled], reduction="sum").item()
-            count += int(labelled.sum())
-    if count == 0:
-        raise UserError("the held-out examples have no labelled token after the first")
-    return total / count, None if right is None else right / count
 
 
 def fine_tune(
@@ -1114,17 +655,6 @@ def _report_dict(report: PatchReport) -> dict[str, Any]:
         for e in report.entries
     ]
     return {"summary": str(report), "modules": modules}
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with kept_layout(model):
-            yield
-    finally:
-        model.train(was_training)
 
 
 @contextlib.contextmanager

@@ -25,8 +25,11 @@ from aletheia_tune.checkpoint import Checkpoint, beside
 from aletheia_tune.cli import app
 from aletheia_tune.data import load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import TrainResult
 from aletheia_tune.plan import Plan, uniform_plan
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from tests.at_step import AtStep, Killed, break_weights, die, interrupt
 
 # Six steps an epoch.

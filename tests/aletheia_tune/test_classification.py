@@ -31,13 +31,17 @@ from aletheia_tune import cli
 from aletheia_tune.classification import class_of, head_modules
 from aletheia_tune.data import Collator, Fields, class_names, load_examples
 from aletheia_tune.errors import UserError
+from aletheia_tune.evaluation import held_out
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import TrainResult
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.probe import METHODS
 from aletheia_tune.race import Arm, RaceResult, race
 from aletheia_tune.recipe import Recipe
 from aletheia_tune.referee import Verdict, judge
 from aletheia_tune.report import write_verdict
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from benchmarks.family_table import FAMILIES
 from tests.at_step import AtStep, Killed, die
 

@@ -719,9 +719,9 @@ def test_a_race_of_rank_zero(refuses, given, plan_file, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_output_directory_that_is_not_empty(refuses, given, plan_file, tmp_path, command, monkeypatch):
-    from aletheia_tune import train
+    from aletheia_tune import loading
 
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("work began"))
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
@@ -730,9 +730,9 @@ def test_output_directory_that_is_not_empty(refuses, given, plan_file, tmp_path,
 
 
 def test_output_file_that_exists(refuses, given, scores_file, tmp_path, monkeypatch):
-    from aletheia_tune import train
+    from aletheia_tune import loading
 
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("work began"))
     probe = ("probe", "--model", given["--model"], "--train", given["--train"])
     refuses(*probe, "--out", scores_file, says=(scores_file, "--overwrite"))
     refuses(*probe, "--out", tmp_path / "no" / "s.json", says=("does not exist",))

@@ -31,10 +31,13 @@ from aletheia_tune.data import load_examples
 from aletheia_tune.errors import NonFiniteLoss
 from aletheia_tune.full import float32_weights
 from aletheia_tune.layers import full_modules
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import TrainResult
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.rates import parameter_groups
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from benchmarks.family_table import FAMILIES
 from tests.at_step import AtStep
 

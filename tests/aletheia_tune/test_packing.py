@@ -24,11 +24,11 @@ from aletheia_tune.attention import kernel_attention
 from aletheia_tune.data import collate, load_examples
 from aletheia_tune.errors import UserError
 from aletheia_tune.head import labelled_head
+from aletheia_tune.loading import load_model
 from aletheia_tune.norms import kernel_norms
 from aletheia_tune.packing import require_separation
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import uniform_plan
-from aletheia_tune.train import load_model
 
 
 def adapted(directory, dtype: str):

@@ -14,9 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from aletheia_tune import race as race_module
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.evaluation import held_out_loss
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import EvalRecord, StepRecord, TrainResult
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.race import Arm, ArmResult, RaceResult, race, text_perplexity
-from aletheia_tune.train import EvalRecord, StepRecord, TrainConfig, TrainResult, held_out_loss, load_model
+from aletheia_tune.training_config import TrainConfig
 
 CONFIG = TrainConfig(
     steps=5, batch_size=4, learning_rate=1e-2, dtype="float32", progress=False, threads=1, warmup=0

@@ -17,12 +17,13 @@ from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape
 from aletheia_tune.data import batches, load_examples, pad_token_id
 from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
+from aletheia_tune.loading import load_model
 from aletheia_tune.plan import make_plan, uniform_plan
 from aletheia_tune.probe import probe
 from aletheia_tune.race import Arm
 from aletheia_tune.recipe import Recipe
 from aletheia_tune.scores.controls import CONTROLS
-from aletheia_tune.train import TrainConfig, load_model
+from aletheia_tune.training_config import TrainConfig
 
 
 @given(layers=st.integers(1, 100), data=st.data(), seed=st.integers(0, 2**32))

@@ -12,11 +12,11 @@ import pytest
 
 from aletheia_tune import referee as referee_module
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.metrics import EvalRecord, StepRecord, TrainResult
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.race import ArmResult, RaceResult
 from aletheia_tune.referee import VERDICT, RaceTask, Verdict, judge, read_task, referee
 from aletheia_tune.report import write_verdict
-from aletheia_tune.train import EvalRecord, StepRecord, TrainResult
 from tests import accessibility
 from tests.task_case import task_text
 

@@ -11,11 +11,11 @@ import pytest
 from aletheia_tune import figures, report
 from aletheia_tune.environment import machine_facts
 from aletheia_tune.errors import UserError
+from aletheia_tune.metrics import EvalRecord
 from aletheia_tune.plan import make_plan
 from aletheia_tune.race import ArmResult, RaceResult
 from aletheia_tune.report import write_report
 from aletheia_tune.scores import ModuleScore, Scores
-from aletheia_tune.train import EvalRecord
 from aletheia_tune.worth import Tariff
 from tests import race_case
 from tests.race_case import LAYERS

@@ -13,11 +13,11 @@ from torch import Tensor
 from aletheia_tune.data import batches, load_examples
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers
+from aletheia_tune.loading import load_model
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.sampled_depth import check_odds, sampled_depth
-from aletheia_tune.train import load_model
 
 
 @pytest.fixture

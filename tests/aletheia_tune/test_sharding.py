@@ -22,7 +22,8 @@ from aletheia_tune.probe import probe
 from aletheia_tune.processes import plan_of_first, scores_of_all
 from aletheia_tune.sampled_depth import sampled_depth
 from aletheia_tune.sharding import is_sharded, laid_out_like, whole
-from aletheia_tune.train import TrainConfig, fine_tune
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from aletheia_tune.whole_checkpoint import load_optimizer, save_checkpoint
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -19,12 +19,15 @@ from transformers import TrainerCallback
 from aletheia_tune.data import batches, load_examples
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import TrainResult
 from aletheia_tune.patch import apply_kernels
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import cache_prefix
 from aletheia_tune.shrink import Shrinking, lowest_kept
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
 

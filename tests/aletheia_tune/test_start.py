@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 
 from aletheia_tune.data import batches, load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.loading import load_model
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
 from aletheia_tune.start import gradient_start
-from aletheia_tune.train import load_model
 
 RANK = 4
 

@@ -20,8 +20,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from aletheia_tune import train
 from aletheia_tune.data import Collator, load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.evaluation import held_out_loss
+from aletheia_tune.loading import load_model
+from aletheia_tune.metrics import NO_PREFIX_CACHE, TrainResult
 from aletheia_tune.plan import ModulePlan, Plan, uniform_plan
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune, held_out_loss, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from tests.at_step import AtStep, break_weights, interrupt
 
 CONFIG = TrainConfig(
@@ -261,7 +265,7 @@ def test_a_start_from_the_gradient_that_fails_leaves_no_hook_behind(tune, tmp_pa
 def test_a_prefix_cache_changes_nothing_but_what_is_computed(tune, tmp_path, kernels):
     config = dataclasses.replace(CONFIG, steps=None, epochs=3, eval_every=4, kernels=kernels)
     plain = tune(tmp_path / "plain", config)
-    assert plain.prefix_cache == train.NO_PREFIX_CACHE
+    assert plain.prefix_cache == NO_PREFIX_CACHE
     kept = dataclasses.replace(config, prefix_cache=str(tmp_path / "cache"))
     sentences = []
     for name in ("builds", "reads"):

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from aletheia_tune.data import Collator, load_examples, pad_token_id
 from aletheia_tune.errors import UserError
+from aletheia_tune.evaluation import held_out_loss
+from aletheia_tune.loading import load_model
 from aletheia_tune.plan import Plan
 from aletheia_tune.race import RaceResult
 from aletheia_tune.scores import Scores
-from aletheia_tune.train import TrainConfig, held_out_loss, load_model
+from aletheia_tune.training_config import TrainConfig
 
 FILES = {
     "README.md",

@@ -27,13 +27,15 @@ from aletheia_tune.cost import Batch, ModelShape, TimedPlan, timed_plans, unifor
 from aletheia_tune.data import load_examples
 from aletheia_tune.kernels import use_kernels
 from aletheia_tune.layers import linear_modules
+from aletheia_tune.loading import load_model
 from aletheia_tune.patch import apply_kernels, restore
 from aletheia_tune.plan import uniform_plan
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.prefix_cache import cache_prefix
 from aletheia_tune.probe import probe_all
 from aletheia_tune.start import gradient_start
-from aletheia_tune.train import TrainConfig, fine_tune, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 
 VOCABULARY, HIDDEN = 64, 64
 UPPER = r".*layers\.1\..*_proj"

@@ -31,12 +31,12 @@ from aletheia_tune.checkpoint import Checkpoint
 from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape, ModuleShape
 from aletheia_tune.data import class_names, load_examples
 from aletheia_tune.errors import UserError
+from aletheia_tune.metrics import EvalRecord, StepRecord, TrainResult
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.prefix_store import RowStore
 from aletheia_tune.race import ArmResult, RaceResult
 from aletheia_tune.referee import read_task
 from aletheia_tune.scores import ModuleScore, Scores
-from aletheia_tune.train import EvalRecord, StepRecord, TrainResult
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_BYTES = 1 << 16

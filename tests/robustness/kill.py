@@ -52,9 +52,11 @@ from aletheia_tune import checkpoint, files, prefix_store, race
 from aletheia_tune.data import load_examples
 from aletheia_tune.environment import machine_facts, versions
 from aletheia_tune.errors import UserError
+from aletheia_tune.loading import load_model
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.referee import read_task, referee
-from aletheia_tune.train import TrainConfig, fine_tune, load_model
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from tests.at_step import AtStep
 from tests.robustness.fuzz import tokenizer
 from tests.task_case import task_text

@@ -39,8 +39,10 @@ from aletheia_kernels import tune_allocator
 from aletheia_tune.data import Example
 from aletheia_tune.environment import machine_facts, versions
 from aletheia_tune.kernels import use_kernels
+from aletheia_tune.metrics import TrainResult
 from aletheia_tune.plan import Plan, uniform_plan
-from aletheia_tune.train import TrainConfig, TrainResult, fine_tune
+from aletheia_tune.train import fine_tune
+from aletheia_tune.training_config import TrainConfig
 from tests.at_step import AtStep
 from tests.robustness.fuzz import tokenizer
 

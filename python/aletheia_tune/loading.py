@@ -1,0 +1,83 @@
+"""A pretrained model and its tokenizer, from a directory or the local cache, without running code of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from aletheia_tune.classification import load_classifier
+from aletheia_tune.environment import known_dtype
+from aletheia_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    model_dir: str | os.PathLike[str],
+    dtype: str = "native",
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
+
+    Weights are read from safetensors only, and no code that comes with the model is run.
+
+    Args:
+        model_dir: the directory, or a name in the cache.
+        dtype: of the weights, "bfloat16", "float32", "native" for `native_dtype`, or "auto" for the one
+            in which they are stored.
+        classes: a sequence classifier for these classes instead, as `classification.load_classifier` makes it.
+        seed: of a classifier's new head.
+
+    Raises:
+        UserError: nothing there, not a causal language model (a model with a classifier), no tokenizer, or an unknown
+            dtype; as `load_classifier` raises it.
+    """
+    weights = dtype if dtype == "auto" else getattr(torch, known_dtype(dtype))
+    path = Path(model_dir)
+    local = path.exists()
+    if local and not path.is_dir():
+        raise UserError(f"model {model_dir} is a file: give the directory that holds config.json")
+    if local and not (path / "config.json").is_file():
+        raise UserError(
+            f"model directory {model_dir} has no config.json: give one written by save_pretrained"
+        )
+    if not local and (
+        path.is_absolute() or str(model_dir).startswith((".", "~")) or str(model_dir).count("/") != 1
+    ):
+        raise UserError(f"model directory {model_dir} does not exist")
+    source = str(path) if local else str(model_dir)
+    try:
+        with no_progress_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+            options: dict[str, Any] = {"dtype": weights, "local_files_only": local, "use_safetensors": True}
+            model: Any
+            if classes is None:
+                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+            else:
+                model = load_classifier(source, tokenizer, classes, seed, **options)
+    except (OSError, ValueError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
+        ) from error
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers' bars for shards of weights, which a model of any size that fits here passes in no time, are off."""
+    were_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers.utils.logging.enable_progress_bar()
