@@ -17,6 +17,7 @@ import numpy as np
 
 from aletheia_tune.cost import Batch, Calibration, check_cached, predict, uniform_of
 from aletheia_tune.errors import UserError
+from aletheia_tune.number_types import is_whole
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.scores import Scores
 
@@ -121,7 +122,7 @@ class _Table:
     ) -> None:
         ranks = sorted(set(choices if choices is not None else (max(rank // 2, 1), rank, 2 * rank)))
         for value in (rank, *ranks):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise UserError(f"rank {value} is not a whole number of 1 or more")
         check_cached(cached)
         _check_scores(scores, calibration)

@@ -28,7 +28,6 @@ import os
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -36,7 +35,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from aletheia_tune.environment import versions
@@ -44,6 +42,7 @@ from aletheia_tune.errors import UserError
 from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import use_kernels
 from aletheia_tune.layers import bare_model, find_layers, kind_of, linears
+from aletheia_tune.number_types import is_finite, is_whole
 from aletheia_tune.plan import ModulePlan, Plan
 from aletheia_tune.prefix import cut_prefix
 from aletheia_tune.quantised import stored_bytes, stored_parameters
@@ -487,10 +486,7 @@ class TimedPlan:
     def __init__(self, model: nn.Module, plan: Plan, batch: dict[str, Tensor], undo: ExitStack) -> None:
         frozen = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         twin: Any = copy.deepcopy(model, dict(frozen))
-        with warnings.catch_warnings():
-            # PEFT asks the model by a name that transformers 5 has deprecated; no user can mend it.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            self._model: Any = get_peft_model(twin, plan.to_lora_config(model))
+        self._model: Any = plan.wrap(twin)
         self._model.train()
         example = {name: tensor[:1, :16] for name, tensor in batch.items() if name != "labels"}
         undo.callback(cut_prefix(self._model).remove)
@@ -647,12 +643,12 @@ def _module_shape(values: Mapping[str, Any]) -> ModuleShape:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not is_whole(value) or value < 0:
         raise ValueError(f"expected a whole number of 0 or more, got {value!r}")
     return value
 
 
 def _price(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not is_finite(value) or value < 0:
         raise ValueError(f"expected a number of 0 or more, got {value!r}")
     return float(value)

@@ -30,6 +30,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from aletheia_tune.errors import UserError
+from aletheia_tune.number_types import is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -453,7 +454,7 @@ def _class(record: Mapping[str, Any], where: str, named: Sequence[str] | None = 
     label = _field(record, "label", where)
     if isinstance(label, str):
         return _string(record, "label", where)
-    if not isinstance(label, int) or isinstance(label, bool):
+    if not is_whole(label):
         raise UserError(f"{where}: field 'label' is neither a string nor an integer but {_type_name(label)}")
     if named is None:
         return label

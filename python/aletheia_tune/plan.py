@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -30,6 +30,7 @@ from aletheia_tune.layers import (
     linear_modules,
     linear_shape,
 )
+from aletheia_tune.number_types import is_finite, is_whole
 from aletheia_tune.scores.controls import control_layers
 
 if TYPE_CHECKING:
@@ -88,11 +89,11 @@ class Plan:
             if name in self.modules or self.full.count(name) > 1:
                 raise UserError(f"plan module {name!r} is named twice: train it in full or adapt it, once")
         for name, module in self.modules.items():
-            if not _is_int(module.rank) or module.rank < 1:
+            if not is_whole(module.rank) or module.rank < 1:
                 raise UserError(
                     f"plan module {name!r}: rank {module.rank!r} is not a whole number of 1 or more"
                 )
-            if not _is_number(module.alpha) or not module.alpha > 0:
+            if not is_finite(module.alpha) or not module.alpha > 0:
                 raise UserError(f"plan module {name!r}: alpha {module.alpha!r} is not a positive number")
         for name in (*self.modules, *self.full):
             index = _layer_index(name, self.layer_path)
@@ -100,7 +101,7 @@ class Plan:
                 raise UserError(
                     f"plan module {name!r} is in none of the {self.num_layers} layers of {self.layer_path!r}"
                 )
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout!r} is not in [0, 1)")
 
     @property
@@ -114,14 +115,14 @@ class Plan:
         scores = self.meta.get("layer_scores")
         if not isinstance(scores, list) or len(scores) != self.num_layers:
             return None
-        return tuple(map(float, scores)) if all(map(_is_number, scores)) else None
+        return tuple(map(float, scores)) if all(map(is_finite, scores)) else None
 
     @property
     def probe_seconds(self) -> float:
         """What the probe took whose scores it was made from; 0 where `meta` does not say."""
         probe = self.meta.get("probe")
         seconds: Any = probe.get("seconds") if isinstance(probe, dict) else None
-        return float(seconds) if _is_number(seconds) and seconds > 0 else 0.0
+        return float(seconds) if is_finite(seconds) and seconds > 0 else 0.0
 
     def places(self) -> dict[str, tuple[int, str]]:
         """By module its layer, and of its name as much as tells it apart within a layer: "q_proj", "mlp.c_proj"."""
@@ -180,7 +181,7 @@ class Plan:
             )
         for key, is_right, what in (
             ("layer_path", lambda value: isinstance(value, str), "a string"),
-            ("num_layers", lambda value: _is_int(value) and value > 0, "a whole number of 1 or more"),
+            ("num_layers", lambda value: is_whole(value) and value > 0, "a whole number of 1 or more"),
             ("modules", lambda value: isinstance(value, dict), "an object"),
             ("meta", lambda value: isinstance(value, dict), "an object"),
         ):
@@ -278,6 +279,23 @@ class Plan:
         )
         self._rehearse(config, bare)
         return config
+
+    def wrap(self, model: Any, *, float32: bool = True) -> PeftModel:
+        """The model with the planned adapters, by `peft.get_peft_model`, which changes it in place.
+
+        Args:
+            model: a bare `transformers` model.
+            float32: adapters are of that dtype; otherwise of the dtype of the weights they adapt.
+
+        Raises:
+            UserError: as `to_lora_config`.
+        """
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that transformers 5 has deprecated; no user can mend it.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            wrapped = get_peft_model(model, self.to_lora_config(model), autocast_adapter_dtype=float32)
+        assert isinstance(wrapped, PeftModel)
+        return wrapped
 
     def check(self, peft_model: nn.Module, adapter_name: str = _ADAPTER) -> None:
         """Compares what a model trains with the plan: the adapters, their ranks and scalings, and the full modules.
@@ -421,14 +439,14 @@ def make_plan(
             control, or that leaves no module for adapters.
     """
     _check_share(layers)
-    if not _is_number(full) or not 0 <= full < 100:
+    if not is_finite(full) or not 0 <= full < 100:
         raise UserError(f"share of modules to train in full {full} is outside [0, 100) percent")
     if full and control is not None:
         raise UserError(
             f"what is trained in full is chosen by scores, not by control '{control}': drop one of the two"
         )
     for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
-        if not _is_int(value) or value < 1:
+        if not is_whole(value) or value < 1:
             raise UserError(f"{what} {value} is not a whole number of 1 or more")
     if budget is not None and ranks != "by-score":
         raise UserError(f"a parameter budget goes with ranks by-score, not {ranks}: drop one of the two")
@@ -633,7 +651,7 @@ def share_of_layers(num_layers: int, share: float) -> int:
 
 
 def _check_share(share: float) -> None:
-    if not _is_number(share) or not 0 < share <= 100:
+    if not is_finite(share) or not 0 < share <= 100:
         raise UserError(f"share of layers {share} is outside (0, 100] percent")
 
 
@@ -761,14 +779,3 @@ def _last(name: str) -> str:
 def _json_number(value: float) -> int | float:
     """PEFT types lora_alpha as int and writes it as it is: 32.0 becomes 32, 24.5 stays."""
     return int(value) if float(value).is_integer() else value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that is no float
-        return False

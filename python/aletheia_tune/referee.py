@@ -30,6 +30,7 @@ from rich.table import Table
 from aletheia_tune import files
 from aletheia_tune.environment import machine_facts, versions
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.number_types import is_finite, is_whole
 from aletheia_tune.race import Arm, ArmResult, RaceResult, RaceTable, race
 from aletheia_tune.recipe import Recipe
 from aletheia_tune.training_config import TrainConfig
@@ -284,10 +285,8 @@ def _get(table: Mapping[str, Any], key: str, kind: type, where: str, default: An
 
 
 def _numbers(values: Any, key: str, kind: type) -> tuple[Any, ...]:
-    allowed = (int,) if kind is int else (int, float)
-    if not isinstance(values, list) or any(
-        isinstance(value, bool) or not isinstance(value, allowed) for value in values
-    ):
+    counts = is_whole if kind is int else is_finite
+    if not isinstance(values, list) or not all(map(counts, values)):
         raise UserError(f"{key} is {values!r}: give a list of numbers")
     return tuple(kind(value) for value in values)
 
@@ -722,6 +721,11 @@ def _resume(task: RaceTask, out: Path, overwrite: bool) -> Path:
     file = out / STATE
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return out
+    if file.is_file() and not overwrite:
+        raise UserError(
+            f"{out} holds the runs of a task with another name, other weights or other data: choose another directory "
+            "or pass --overwrite to begin anew"
+        )
     with files.output_directory(out, overwrite) as directory:
         files.write_text(directory / STATE, text)
     return out

@@ -22,14 +22,15 @@ from torch import nn
 
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers
+from aletheia_tune.number_types import is_finite, is_whole
 
 
 def check_odds(odds: Mapping[int, float]) -> None:
     """Raises UserError unless `odds` maps layers to finite odds that are not negative and not all 0."""
     for layer, odd in odds.items():
-        if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+        if not is_whole(layer) or layer < 0:
             raise UserError(f"sampled depth: {layer!r} is no index of a layer: give whole numbers from 0")
-        if not (math.isfinite(odd) and odd >= 0):
+        if not is_finite(odd) or odd < 0:
             raise UserError(f"sampled depth: the odds of layer {layer} are {odd}: give 0 or more")
     if not any(odds.values()):
         raise UserError("sampled depth: no layer has odds above 0")

@@ -10,7 +10,6 @@ import os
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -138,14 +137,7 @@ def fine_tune(
     with keeper, _output_directory(out_dir, keeper.replaces) as directory, _threads(config.threads):
         started = time.perf_counter()
         transformers.set_seed(config.seed)
-        with warnings.catch_warnings():
-            # PEFT asks the model by a name that transformers 5 has deprecated; no user can mend it.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            peft_model = get_peft_model(
-                model,
-                plan.to_lora_config(model),
-                autocast_adapter_dtype=config.adapter_dtype == "float32",
-            )
+        peft_model = plan.wrap(model, float32=config.adapter_dtype == "float32")
         collator = Collator(pad_token_id(tokenizer), positions)
         run = _Run(peft_model, collator, eval_examples or (), config, keeper)
         shown = config.progress and is_first_process()

@@ -86,7 +86,9 @@ def test_a_miniature_race(task_file, tmp_path):
 
     with open(task.eval, "a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(
+        UserError, match="holds the runs of a task with another name, other weights or other data"
+    ):
         referee(task, out, progress=False)
     assert runs == {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
 

@@ -6,11 +6,11 @@ One file beside this one for each method that makes such scores.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aletheia_tune.errors import UserError
+from aletheia_tune.number_types import is_finite
 
 FORMAT = "aletheia-scores"
 VERSION = 1
@@ -101,7 +101,7 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
     return float(value)
 
