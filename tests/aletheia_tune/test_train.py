@@ -546,7 +546,7 @@ def test_a_taken_directory_is_refused_before_any_work(tune, tmp_path, monkeypatc
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "get_peft_model", lambda *_: pytest.fail("work began"))
+        patch.setattr(Plan, "wrap", lambda *_, **__: pytest.fail("work began"))
         with pytest.raises(UserError, match="--overwrite"):
             tune(out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
