@@ -135,5 +135,5 @@ def range_attention(
         RuntimeError: shapes, dtypes or ranges that do not fit.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
-    o, _ = _attention(q, k, v, first, last, q.shape[-1] ** -0.5 if scale is None else scale)
+    o, _ = _attention(q, k, v, first, last, q.shape[-1:].numel() ** -0.5 if scale is None else scale)
     return o

@@ -13,6 +13,7 @@ from torch import Tensor
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 from aletheia_kernels.dtypes import accumulation_dtype
+from aletheia_kernels.eager import first_derivative
 
 
 def _check(
@@ -80,6 +81,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(dh)
 
 
+@first_derivative
 def _backward(ctx: Any, dloss: Tensor, _ddh: Tensor) -> tuple:
     (dh,) = ctx.saved_tensors
     # A 0-d factor does not promote: the product rounds once, to dh's dtype.

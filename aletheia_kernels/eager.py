@@ -7,12 +7,32 @@ function of the same parts: one forward, one context, one backward, so that ther
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+
+def first_derivative(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward whose gradients cannot be differentiated again, and raise where somebody tries.
+
+    `torch.autograd.function.once_differentiable` lets them pass as constants when no incoming gradient requires one,
+    and a penalty on the gradient of a sum would go without its share from here, in silence.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *gradients: Tensor | None) -> tuple:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # without create_graph
+            return found
+        refuse = torch._C._functions.DelayedError(b"aletheia_kernels: no second derivative", len(found))
+        refused = refuse(*(None if one is None else one.detach().requires_grad_() for one in found))
+        return refused if isinstance(refused, tuple) else (refused,)
+
+    return guarded
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -41,5 +61,5 @@ def eager_function(
             setup_context(ctx, inputs, output)
             return output
 
-    Eager.backward = staticmethod(once_differentiable(backward))  # type: ignore[assignment]
+    Eager.backward = staticmethod(first_derivative(backward))  # type: ignore[assignment]
     return Eager.apply

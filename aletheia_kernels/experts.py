@@ -146,7 +146,7 @@ def lora_experts(
         lora_B: [experts, out, rank], likewise.
         scalings: [experts] float32, s_e.
         offs: [experts] int32, the row at which each expert's end, as ``torch.nn.functional.grouped_mm`` takes it.
-            It stays on the device: no launch waits for its values.
+            It stays on the device: no launch waits for its values, which a card therefore does not check.
         ranks: [experts] int32, each expert's rank, at most ``rank``; what the factors hold beyond is not read.
             None: all have the full rank.
 
@@ -155,8 +155,8 @@ def lora_experts(
         in their own dtype and strides.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit (the message says expected against given), or a weight
-            that requires a gradient.
+        RuntimeError: shapes, dtypes or devices that do not fit (the message says expected against given), a weight
+            that requires a gradient, or, on a processor, ``offs`` that fall or point outside the tokens.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
     torch._check(

@@ -23,6 +23,7 @@ from aletheia_kernels.lora import (
     made_weights,
     weights_again,
 )
+from aletheia_kernels.rows import rows_of
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -44,7 +45,7 @@ def _check(x, weights, biases, lora_As, lora_Bs, scalings, activation):
         )
     # What down reads has up's shape; x's storage stands in for it, since only its shape and dtype are looked at.
     middle = x.new_empty(0, weights[1].shape[0])
-    check_projections(middle, weights[2:], biases[2:], lora_As[2:], lora_Bs[2:], scalings[2:])
+    check_projections(middle, weights[2:], biases[2:], lora_As[2:], lora_Bs[2:], scalings[2:], first=2)
 
 
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, activation):
@@ -189,7 +190,7 @@ def lora_gated_mlp(
         raise RuntimeError(
             "weights and biases: expected frozen ones; lora_gated_mlp computes no gradient for them"
         )
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows_of("x", x)
     if is_eager(x, *given, *lora_As, *lora_Bs):
         _check_three(weights, biases, lora_As, lora_Bs, scalings)
         y = _eager(flat, list(scalings), activation, *weights, *biases, *lora_As, *lora_Bs)[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 from aletheia_kernels.dtypes import accumulation_dtype
+from aletheia_kernels.rows import rows_of
 
 METHODS = ("auto", "tiles", "gram")
 
@@ -145,10 +146,6 @@ def _(dy: Tensor) -> Tensor:
     return dy.new_empty((), dtype=accumulation_dtype(dy.dtype))
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1])
-
-
 def _by_example(tensor: Tensor) -> Tensor:
     """[batch, tokens, features]; what has no batch is left for the operator to refuse."""
     if tensor.dim() < 2:
@@ -172,7 +169,7 @@ def weight_grad_norm_sq(x: Tensor, dy: Tensor, *, method: str = "auto") -> Tenso
         RuntimeError: shapes, dtypes, devices or a method that do not fit.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
-    return _weight_grad_norm_sq(_flat(x), _flat(dy), method)
+    return _weight_grad_norm_sq(rows_of("x", x.detach()), rows_of("dy", dy.detach()), method)
 
 
 def weight_grad_norms_sq(xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
@@ -192,7 +189,9 @@ def weight_grad_norms_sq(xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
         RuntimeError: shapes, dtypes, devices or numbers of tensors that do not fit.
         BackendError: ``ALETHEIA_BACKEND`` asks for a backend that cannot serve.
     """
-    return _weight_grad_norms_sq([_flat(x) for x in xs], [_flat(dy) for dy in dys])
+    return _weight_grad_norms_sq(
+        [rows_of("x", x.detach()) for x in xs], [rows_of("dy", dy.detach()) for dy in dys]
+    )
 
 
 def weight_grad_norm_sq_per_example(x: Tensor, dy: Tensor) -> Tensor:
@@ -226,14 +225,14 @@ def weight_grad_norm_sq_sketch(x: Tensor, dy: Tensor, omega: Tensor) -> tuple[Te
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
     """
-    return _weight_grad_norm_sq_sketch(_flat(x), _flat(dy), omega.detach())
+    return _weight_grad_norm_sq_sketch(rows_of("x", x.detach()), rows_of("dy", dy.detach()), omega.detach())
 
 
 def embedding_grad_norm_sq(indices: Tensor, dy: Tensor) -> Tensor:
     """Squared norm of an embedding's weight gradient, from indices [...] (integer) and dy [..., dim]; 0-d float32."""
-    return _embedding_grad_norm_sq(indices.reshape(-1), _flat(dy))
+    return _embedding_grad_norm_sq(indices.reshape(-1), rows_of("dy", dy.detach()))
 
 
 def bias_grad_norm_sq(dy: Tensor) -> Tensor:
     """Squared norm of a bias gradient, ‖Σ dy‖² over all leading dimensions of dy [..., out]; 0-d float32."""
-    return _bias_grad_norm_sq(_flat(dy))
+    return _bias_grad_norm_sq(rows_of("dy", dy.detach()))

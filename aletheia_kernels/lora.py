@@ -15,6 +15,7 @@ from aletheia_kernels.autocast import outside_autocast
 from aletheia_kernels.backends import implementation
 from aletheia_kernels.dtypes import accumulation_dtype
 from aletheia_kernels.eager import eager_function, is_eager
+from aletheia_kernels.rows import rows_of
 
 Weight = Tensor | Callable[[], Tensor]
 
@@ -57,6 +58,11 @@ def check_counts(
         )
 
 
+def _check_bias(i: int, bias: Tensor, out: int, dtype: torch.dtype) -> None:
+    if bias.shape != (out,) or bias.dtype != dtype:
+        raise RuntimeError(f"biases[{i}]: expected [{out}] {dtype}, got {tuple(bias.shape)} {bias.dtype}")
+
+
 def check_projections(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -64,22 +70,28 @@ def check_projections(
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     scalings: Sequence[float],
+    first: int = 0,
 ) -> None:
-    """Raises RuntimeError, saying expected against given, unless these are LoRA projections of x [tokens, in]."""
+    """Raises RuntimeError, saying expected against given, unless these are LoRA projections of x [tokens, in].
+
+    Messages count projections from ``first``.
+    """
     if x.dim() != 2:
         raise RuntimeError(f"x: expected [tokens, in], got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise RuntimeError(f"x: expected a floating dtype, got {x.dtype}")
     check_counts(weights, biases, lora_As, lora_Bs, scalings)
     inner, dtype, device = x.shape[1], x.dtype, x.device
-    for i, (weight, bias, lora_A, lora_B) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True)):
+    for i, (weight, bias, lora_A, lora_B) in enumerate(
+        zip(weights, biases, lora_As, lora_Bs, strict=True), start=first
+    ):
         if weight.dim() != 2 or weight.shape[1] != inner:
             raise RuntimeError(f"weights[{i}]: expected [out, {inner}], got {tuple(weight.shape)}")
         if weight.dtype != dtype:
             raise RuntimeError(f"weights[{i}]: expected x's dtype {dtype}, got {weight.dtype}")
         out = weight.shape[0]
-        if bias is not None and (bias.shape != (out,) or bias.dtype != dtype):
-            raise RuntimeError(f"biases[{i}]: expected [{out}] {dtype}, got {tuple(bias.shape)} {bias.dtype}")
+        if bias is not None:
+            _check_bias(i, bias, out, dtype)
         if lora_A.dim() != 2 or lora_A.shape[1] != inner:
             raise RuntimeError(f"lora_As[{i}]: expected [rank, {inner}], got {tuple(lora_A.shape)}")
         if lora_B.shape != (out, lora_A.shape[0]):
@@ -232,7 +244,8 @@ def lora_group(
     Args:
         x: [..., in], floating.
         weights: per projection [out_i, in] in x's dtype, frozen; or a function that makes it, called in the forward
-            and again in the backward pass, so that nothing of what it makes is kept.
+            and in eager mode again in the backward pass, so that nothing of what it makes is kept; where the call is
+            traced, once.
         biases: per projection [out_i] in x's dtype, or None.
         lora_As: per projection [r_i, in], x's dtype or wider; rounded to x's dtype for the products.
         lora_Bs: per projection [out_i, r_i], likewise.
@@ -255,7 +268,7 @@ def lora_group(
     # A trained bias is added outside, where autograd knows its gradient; a frozen one rides in the base product.
     trained = [b is not None and b.requires_grad for b in biases]
     frozen_biases = [None if train else b for train, b in zip(trained, biases, strict=True)]
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows_of("x", x)
     seed = seed if dropout_p > 0.0 else None
     if is_eager(x, *given, *lora_As, *lora_Bs):
         check_counts(weights, biases, lora_As, lora_Bs, scalings)
@@ -272,6 +285,9 @@ def lora_group(
             seed,
         )
     outputs = []
-    for y, bias, train in zip(ys, biases, trained, strict=True):
-        outputs.append((y + bias if train else y).view(*x.shape[:-1], y.shape[-1]))
+    for i, (y, bias, train) in enumerate(zip(ys, biases, trained, strict=True)):
+        if train:
+            _check_bias(i, bias, y.shape[-1], y.dtype)
+            y = y + bias
+        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
     return outputs

@@ -6,7 +6,9 @@
 // Only for translation units that check the processor first.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#include "instruction_set.h"
+
+#ifdef ALETHEIA_X86_SETS
 #define ALETHEIA_AVX512BF16 1
 
 #include <ATen/ATen.h>

@@ -22,7 +22,8 @@ inline Wide<T> to_wide(T value) {
 }
 
 // Round to nearest even. Nothing is done for a NaN: it keeps the upper half that makes it one, because its lower half is
-// zero, whether it came from a bfloat16 operand or from the processor, and adding 0x7fff to zero carries nothing.
+// zero, whether it came from a bfloat16 operand or from the processor, and adding 0x7fff to zero carries nothing. (A
+// float32 operand may hold a NaN of another payload, which no computation makes.)
 template <typename T>
 inline T from_wide(Wide<T> value) {
   if constexpr (std::is_same_v<T, at::BFloat16>) {

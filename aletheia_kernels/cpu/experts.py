@@ -57,7 +57,7 @@ def lora_experts_forward(
     wide = _dtype_of_products(x.dtype)
     y = x.new_empty(x.shape[0], weight.shape[1])
     h = x.new_zeros(x.shape[0], lora_A.shape[1])
-    for expert, rows, rank in each_expert(lora_A, offs, ranks):
+    for expert, rows, rank in each_expert(x.shape[0], lora_A, offs, ranks):
         if rows.start < rows.stop:
             factors = [lora_A[expert, :rank]], [lora_B[expert, :, :rank]]
             (y[rows],), h[rows, :rank] = forward(
@@ -86,7 +86,7 @@ def lora_experts_backward(
     dx = x.new_empty(x.shape if needs_dx else (0,))
     dA = dense_A.new_zeros(dense_A.shape)
     dB = dense_B.new_zeros(dense_B.shape)
-    for expert, rows, rank in each_expert(lora_A, offs, ranks):
+    for expert, rows, rank in each_expert(x.shape[0], lora_A, offs, ranks):
         if rows.start < rows.stop:
             factors = [dense_A[expert, :rank]], [dense_B[expert, :, :rank]]
             own, (dA[expert, :rank],), (dB[expert, :, :rank],) = backward(

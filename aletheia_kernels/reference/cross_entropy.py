@@ -30,7 +30,7 @@ def linear_cross_entropy_forward(
     """Summed loss (float32, float64 for float64 inputs) and dh [rows, hidden] (empty when not needed)."""
     wide = accumulation_dtype(h.dtype)
     loss = torch.zeros((), dtype=wide, device=h.device)
-    dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
+    dh = h.new_empty(h.shape) if needs_dh else h.new_empty(0)
     uniform = label_smoothing / weight.shape[0]
     for start in range(0, h.shape[0], ROWS):
         block = slice(start, start + ROWS)

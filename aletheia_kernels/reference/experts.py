@@ -21,10 +21,18 @@ import torch
 from torch import Tensor
 
 
-def each_expert(lora_A: Tensor, offs: Tensor, ranks: Tensor | None) -> Iterator[tuple[int, slice, int]]:
-    """Every expert: its index, its rows, its rank."""
-    begin = 0
-    for expert, end in enumerate(offs.tolist()):
+def each_expert(
+    tokens: int, lora_A: Tensor, offs: Tensor, ranks: Tensor | None
+) -> Iterator[tuple[int, slice, int]]:
+    """Every expert: its index, its rows, its rank.
+
+    Raises:
+        RuntimeError: ``offs`` falls, or points outside the tokens.
+    """
+    begin, ends = 0, offs.tolist()
+    if any(not before <= end <= tokens for before, end in zip([0, *ends], ends, strict=False)):
+        raise RuntimeError(f"offs: expected ends of rows that rise from 0 to {tokens} at most, got {ends}")
+    for expert, end in enumerate(ends):
         yield expert, slice(begin, end), lora_A.shape[1] if ranks is None else int(ranks[expert])
         begin = end
 
@@ -40,7 +48,7 @@ def lora_experts_forward(
 ) -> tuple[Tensor, Tensor]:
     """y [tokens, out], and h [tokens, R] in x's dtype, from x [tokens, in]."""
     ys, hs = [], []
-    for expert, rows, rank in each_expert(lora_A, offs, ranks):
+    for expert, rows, rank in each_expert(x.shape[0], lora_A, offs, ranks):
         h = x[rows] @ lora_A[expert, :rank].to(x.dtype).T
         low_rank = h @ lora_B[expert, :, :rank].to(x.dtype).T
         ys.append(x[rows] @ weight[expert].T + scalings[expert] * low_rank)
@@ -65,7 +73,7 @@ def lora_experts_backward(
     """dx [tokens, in] (empty when not needed), dA and dB as A and B are: dtype, shape and strides."""
     dx = x.new_zeros(x.shape if needs_dx else (0,))
     dA, dB = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    for expert, rows, rank in each_expert(lora_A, offs, ranks):
+    for expert, rows, rank in each_expert(x.shape[0], lora_A, offs, ranks):
         g = dy[rows] @ lora_B[expert, :, :rank].to(x.dtype)
         dA[expert, :rank] = scalings[expert] * (g.T @ x[rows])
         dB[expert, :, :rank] = scalings[expert] * (dy[rows].T @ h[rows, :rank])

@@ -48,8 +48,6 @@ def test_self_test_passes_and_leaves_the_random_state():
 
 
 def test_self_test_notices_a_wrong_operator(monkeypatch):
-    from aletheia_kernels import cpu
-
     right = cpu.operators()
 
     class WithoutScaling:
@@ -62,6 +60,28 @@ def test_self_test_notices_a_wrong_operator(monkeypatch):
 
     monkeypatch.setattr(cpu, "operators", WithoutScaling)
     assert [result.operator for result in selftest.run() if not result.ok] == ["lora_group"]
+
+
+def test_self_test_notices_nan(monkeypatch):
+    right = cpu.operators()
+
+    class Nan:
+        def __getattr__(self, name):
+            return getattr(right, name)
+
+        def bias_grad_norm_sq(self, dy):
+            value = right.bias_grad_norm_sq(dy)
+            return value * float("nan") if dy.dtype == torch.float32 else value
+
+    monkeypatch.setattr(cpu, "operators", Nan)
+    assert [result.operator for result in selftest.run() if not result.ok] == ["bias_grad_norm_sq"]
+
+
+def test_self_test_seeds_no_other_device(monkeypatch):
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    selftest.check("rms_norm", torch.device("cpu"), torch.float32)
+    assert seeded == []
 
 
 def test_without_the_extension_it_runs_on_eager_torch_and_says_so_once(tmp_path):

@@ -133,6 +133,14 @@ def test_operator_contract(backend, dtype):
     assert torch.equal(torch.autograd.grad(compiled, h)[0], torch.autograd.grad(expected, h)[0])
 
 
+def test_the_gradient_lies_as_the_traced_call_says(backend):
+    h, weight, bias, labels = operands(8, 12, 30, torch.float32)
+    h = h.T.contiguous().T.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.aletheia.linear_cross_entropy.default, (h, weight, bias, labels, 0.0, 0.0, True)
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

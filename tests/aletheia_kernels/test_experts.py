@@ -223,6 +223,14 @@ BAD = {
     "B": (lambda c: setattr(c, "lora_B", c.lora_B[:, :, 1:]), r"lora_B: expected \(2, 8, 5\)"),
     "scalings": (lambda c: setattr(c, "scalings", c.scalings.double()), r"scalings: expected \[2\]"),
     "offs": (lambda c: setattr(c, "offs", c.offs.long()), r"offs: expected \[2\] torch.int32"),
+    "offs that fall": (
+        lambda c: setattr(c, "offs", torch.tensor([8, 4], dtype=torch.int32)),
+        r"offs: expected ends of rows that rise from 0 to 12 at most, got \[8, 4\]",
+    ),
+    "offs beyond": (
+        lambda c: setattr(c, "offs", torch.tensor([4, 13], dtype=torch.int32)),
+        r"offs: expected .* got \[4, 13\]",
+    ),
     "ranks": (lambda c: setattr(c, "ranks", c.ranks[:1]), r"ranks: expected \[2\] torch.int32"),
 }
 

@@ -160,7 +160,7 @@ BAD = {
     "two weights": (lambda case: case.weights.pop(), "expected one weight, bias, A, B and scaling"),
     "gate and up": (transposed_up, "gate is .* expected one shape"),
     "activation": (lambda case: setattr(case, "activation", "relu"), "expected silu or gelu_tanh, got relu"),
-    "down": (lambda case: case.weights.__setitem__(2, case.x), r"weights\[0\]: expected \[out, 6\]"),
+    "down": (lambda case: case.weights.__setitem__(2, case.x), r"weights\[2\]: expected \[out, 6\]"),
     "trained": (lambda case: case.weights[0].requires_grad_(), "expected frozen ones"),
 }
 

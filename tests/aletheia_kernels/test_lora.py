@@ -127,6 +127,15 @@ def test_leading_dimensions_are_kept(backend):
     assert torch.equal(stacked.view(24, 10), flat)
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 4), (2, 0, 4), (4,)])
+def test_any_dimension_may_be_empty_or_missing(backend, shape):
+    features = shape[-1]
+    bias = torch.arange(3.0)
+    factors = [torch.ones(2, features)], [torch.ones(3, 2)]
+    (y,) = lora_group(torch.ones(shape), [torch.ones(3, features)], [bias], *factors, [0.5])
+    assert torch.equal(y, (bias + 2 * features).expand(*shape[:-1], 3))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck(backend, dropout_p):
     case = Case.draw(5, 7, [(4, 2, True), (3, 3, False)], torch.float64, dropout_p)
@@ -278,6 +287,15 @@ BAD = {
         r"weights\[1\]: expected x's dtype",
     ),
     "bias": (lambda c: c.biases.__setitem__(0, c.biases[0][:-1]), r"biases\[0\]: expected \[8\]"),
+    "trained bias": (
+        lambda c: c.biases.__setitem__(0, torch.zeros(1, requires_grad=True)),
+        r"biases\[0\]: expected \[8\]",
+    ),
+    "trained bias of another dtype": (
+        lambda c: c.biases.__setitem__(0, torch.zeros(8, dtype=torch.float64, requires_grad=True)),
+        r"biases\[0\]: expected \[8\] torch.float32",
+    ),
+    "no dimension": (lambda c: setattr(c, "x", c.x[0, 0]), r"x: expected \[..., features\]"),
     "A": (lambda c: c.lora_As.__setitem__(0, c.lora_As[0].T), r"lora_As\[0\]: expected \[rank, 16\]"),
     "B": (lambda c: c.lora_Bs.__setitem__(1, c.lora_Bs[0]), r"lora_Bs\[1\]: expected \(10, 5\)"),
     "scalings": (lambda c: c.scalings.pop(), "expected one weight, bias, A, B and scaling a projection"),
