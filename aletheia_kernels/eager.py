@@ -29,7 +29,8 @@ def first_derivative(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         if not torch.is_grad_enabled():  # without create_graph
             return found
         refuse = torch._C._functions.DelayedError(b"aletheia_kernels: no second derivative", len(found))
-        refused = refuse(*(None if one is None else one.detach().requires_grad_() for one in found))
+        given: list[Any] = [None if one is None else one.detach().requires_grad_() for one in found]
+        refused = refuse(*given)
         return refused if isinstance(refused, tuple) else (refused,)
 
     return guarded
@@ -61,5 +62,5 @@ def eager_function(
             setup_context(ctx, inputs, output)
             return output
 
-    Eager.backward = staticmethod(first_derivative(backward))  # type: ignore[assignment]
+    Eager.backward = staticmethod(first_derivative(backward))  # type: ignore[method-assign]
     return Eager.apply

@@ -286,7 +286,7 @@ def lora_group(
         )
     outputs = []
     for i, (y, bias, train) in enumerate(zip(ys, biases, trained, strict=True)):
-        if train:
+        if train and bias is not None:
             _check_bias(i, bias, y.shape[-1], y.dtype)
             y = y + bias
         outputs.append(y.view(*x.shape[:-1], y.shape[-1]))

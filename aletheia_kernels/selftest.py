@@ -100,7 +100,7 @@ def _gated_mlp(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 def _experts(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     offs = torch.tensor([20, 20, 57], dtype=torch.int32)
     ranks = torch.tensor([3, 20, 7], dtype=torch.int32)
-    scalings = torch.tensor([2.0, 0.5, 1.0])
+    scalings = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float32)
     out = _width(65)
     x, weight = torch.randn(61, 48).to(dtype), torch.randn(3, out, 48).div(8).to(dtype)
     lora_A, lora_B = torch.randn(3, 20, 48).div(8).to(dtype), torch.randn(3, out, 20).div(4).to(dtype)

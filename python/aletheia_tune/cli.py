@@ -293,6 +293,7 @@ def probe(
     from aletheia_tune.probe import probe as run_probe
 
     files.check_output(out, overwrite, directory=False)
+    files.check_apart(out, model, train)
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
     classes = class_names(train, fields)
     if faithful and classes is not None:
@@ -410,6 +411,7 @@ def plan(
     if scores is None or out is None:
         raise UserError("give --scores and --out to make a plan, or the file of a plan to show it")
     files.check_output(out, overwrite, directory=False)
+    files.check_apart(out, scores, calibration, frontier)
     timed = budget is not None and budget.strip().endswith("%")
     if timed and calibration is None:
         raise UserError(
@@ -425,6 +427,7 @@ def plan(
         )
     if frontier is not None:
         files.check_output(frontier, overwrite, directory=False)
+        files.check_apart(frontier, scores, calibration)
     read = Scores.from_json(_read(scores, "scores"))
     if budget is not None and calibration is not None:
         from aletheia_tune import budget as budgets
@@ -489,6 +492,7 @@ def cost(
     from aletheia_tune.cost import Batch, calibrate
 
     files.check_output(out, overwrite, directory=False)
+    files.check_apart(out, model)
     shape = Batch(batch, length, labelled)
     if threads is not None:
         if threads < 1:
@@ -562,6 +566,7 @@ def train(
 
     To survive a kill: [bold]aletheia train ... --checkpoint-every 50 --resume[/bold], as often as it takes.
     """
+    from aletheia_tune import files
     from aletheia_tune.checkpoint import check_output
     from aletheia_tune.data import class_names
     from aletheia_tune.layers import positions_of
@@ -570,6 +575,7 @@ def train(
     from aletheia_tune.training_config import TrainConfig
 
     check_output(out, overwrite, resume)
+    files.check_apart(out, model, train, eval_file, calibration, prefix_cache)
     chosen = Plan.from_json(_read(plan_file, "plan"))
     if shrink_to is not None and shrink_after is None:
         raise UserError("--shrink-to goes with --shrink-after: give --shrink-after like 50%")
@@ -644,6 +650,7 @@ def merge(
     from aletheia_tune.merge import merge_adapter
 
     files.check_output(out, overwrite)
+    files.check_apart(out, model, adapter)
     count = merge_adapter(model, adapter, out, overwrite=overwrite)
     answer(as_json, {"out": out, "modules": count}, lambda: print(f"{count} modules merged: {out}"))
 
@@ -697,6 +704,7 @@ def compare(
     from aletheia_tune.training_config import TrainConfig
 
     files.check_output(out, overwrite)
+    files.check_apart(out, model, train, eval_file, plan_file, other_text)
     tariff = worth.Tariff(price_per_hour, watts)
     config = TrainConfig(
         steps=steps,
@@ -773,12 +781,14 @@ def race(
     """
     from rich.console import Console
 
-    from aletheia_tune import worth
+    from aletheia_tune import files, worth
     from aletheia_tune.referee import VERDICT, read_task, referee
     from aletheia_tune.report import write_verdict
 
     tariff = worth.Tariff(price_per_hour, watts)
-    verdict = referee(read_task(task_file), out, overwrite=overwrite)
+    task = read_task(task_file)
+    files.check_apart(out, task_file, task.model, task.train, task.eval, task.other_text)
+    verdict = referee(task, out, overwrite=overwrite)
     page = out / "report.html"
     command = shlex.join(ctx.meta[_COMMAND])
     write_verdict(page, verdict, commands=[command], tariff=tariff, overwrite=True)
@@ -920,7 +930,7 @@ def _depth_odds(plan: Plan, share: str | None, calibration: Path | None) -> dict
 
     prices = Calibration.from_json(_read(calibration, "calibration"))
     found = depth_odds(plan, prices, _percent(share, "--sampled-depth") / 100)
-    print(found)
+    print(found, file=sys.stderr)
     return found.odds
 
 

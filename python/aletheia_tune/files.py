@@ -64,6 +64,24 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, direc
         raise UserError(f"cannot use {path} as output: {error.strerror}") from error
 
 
+def check_apart(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Refuses an output in whose place, or under which, something lies that the same command reads.
+
+    Args:
+        path: where the output will be.
+        inputs: what is read; None is passed over.
+
+    Raises:
+        UserError: one of them would go with what the output replaces.
+    """
+    target = _resolve(path)
+    for given in inputs:
+        if given is not None:
+            place = _resolve(given)
+            if target == place or target in place.parents:
+                raise UserError(f"output {path} would replace {given}, which is read: choose another output")
+
+
 def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> None:
     """`write_bytes` of ``text`` in UTF-8."""
     write_bytes(path, text.encode("utf-8"), overwrite)
@@ -103,12 +121,13 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
     """Yields a fresh directory that becomes ``path`` when the block ends without an exception.
 
     With ``overwrite`` the old directory stays in place until then; it is moved away, the new one renamed in,
-    and the old one deleted. By then its files are on the disk, and not in the system's memory alone. On an
+    and the old one deleted. Without, a directory that another has filled meanwhile stays as it is, and the finished
+    one beside it. By then its files are on the disk, and not in the system's memory alone. On an
     exception the fresh directory goes, with the parents made for it, and the exception continues; one that says
     that the disk is full continues as a `UserError`.
 
     Raises:
-        UserError: at entry, what `check_output` refuses; later, a full disk.
+        UserError: at entry, what `check_output` refuses; later, a full disk, or a path that was taken meanwhile.
     """
     check_output(path, overwrite)
     target = _resolve(path)
@@ -129,7 +148,7 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
         for written in aside.rglob("*"):
             if written.is_file():
                 _sync(written)
-        _rename_into_place(aside, target, path)
+        _rename_into_place(aside, target, path, overwrite)
         _sync_directory(target.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -147,21 +166,39 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
 
 
 def sweep(target: Path) -> None:
-    """Deletes what was written aside for this output by processes that are no more."""
-    left = re.compile(re.escape(f".{target.name[:64]}.partial-") + "[0-9a-f]{12}")
+    """Deletes what was written aside for this output by processes that are no more.
+
+    What one of them had moved away, to put its own in that place, goes back if the place is still empty.
+    """
     with contextlib.suppress(OSError):
-        for path in [path for path in target.parent.iterdir() if left.fullmatch(path.name)]:
+        writers_live = False
+        for path in _siblings(target, "partial"):
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-            except BlockingIOError:  # its writer lives
-                continue
+                _delete(path)
+            except BlockingIOError:
+                writers_live = True
             finally:
                 os.close(file)
+        if not writers_live:
+            for path in _siblings(target, "old"):
+                if target.exists():
+                    _delete(path)
+                else:
+                    os.rename(path, target)
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    named = re.compile(re.escape(f".{target.name[:64]}.{kind}-") + "[0-9a-f]{12}")
+    return [path for path in target.parent.iterdir() if named.fullmatch(path.name)]
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def _check_directory(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -194,7 +231,10 @@ def _check_file(target: Path, path: str | os.PathLike[str], overwrite: bool) -> 
         raise UserError(f"output file {path} exists: choose another name or pass --overwrite")
 
 
-def _rename_into_place(aside: Path, target: Path, path: str | os.PathLike[str]) -> None:
+def _rename_into_place(aside: Path, target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
+    if not overwrite:
+        _rename_to_empty(aside, target, path)
+        return
     try:
         if not target.exists():
             os.rename(aside, target)
@@ -211,6 +251,19 @@ def _rename_into_place(aside: Path, target: Path, path: str | os.PathLike[str]) 
             raise
         raise UserError(f"cannot put the finished output at {path}: {error.strerror}") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_to_empty(aside: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    try:
+        os.rename(aside, target)  # takes the place of an empty directory too
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        finished = target.parent / f"{target.name[:64]}.finished-{uuid.uuid4().hex[:12]}"
+        os.rename(aside, finished)
+        raise UserError(
+            f"{path} was taken while this ran ({error.strerror}): what was to be there is in {finished}"
+        ) from error
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
