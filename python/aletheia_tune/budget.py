@@ -309,6 +309,17 @@ def _check_scores(scores: Scores, calibration: Calibration) -> None:
             )
         if not math.isfinite(module.score) or module.score < 0:
             raise UserError(f"score {module.score} of {name!r} cannot be kept: it must be finite and >= 0")
+        shape = calibration.shape.modules[name]
+        if (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
+            raise UserError(
+                f"{name!r} is {module.in_features} x {module.out_features} in the scores and {shape.in_features} x "
+                f"{shape.out_features} in the calibration: use files of one model"
+            )
+    if len(scores.layers) != calibration.shape.num_layers:
+        raise UserError(
+            f"the scores are of {len(scores.layers)} layers and the calibration of {calibration.shape.num_layers}: use "
+            "files of one model"
+        )
     if scores.layer_path != calibration.shape.layer_path:
         raise UserError(
             f"the scores are of {scores.layer_path!r} and the calibration of {calibration.shape.layer_path!r}: "

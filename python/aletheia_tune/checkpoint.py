@@ -48,6 +48,8 @@ Generators = Mapping[str, torch.Generator]
 def beside(out_dir: str | os.PathLike[str]) -> Path:
     """Where the checkpoint of a training lies that writes to `out_dir`."""
     out = Path(os.path.realpath(out_dir))
+    if not out.name:
+        raise UserError(f"output directory {out_dir} has no name: choose another")
     return out.with_name(f"{out.name}.checkpoint.safetensors")
 
 
@@ -64,10 +66,14 @@ def check_output(out_dir: str | os.PathLike[str], overwrite: bool, resume: bool)
         adapter of a training that was stopped on the way.
 
     Raises:
-        UserError: the directory is taken, or a checkpoint lies beside it that neither flag speaks of.
+        UserError: the directory is taken or cannot be used, or a checkpoint lies beside it that neither flag speaks of.
     """
     place = beside(out_dir)
-    if place.exists() and not (overwrite or resume):
+    try:
+        left = place.exists()
+    except OSError as error:
+        raise UserError(f"cannot use {out_dir} as output: {error.strerror}") from None
+    if left and not (overwrite or resume):
         raise UserError(
             f"{place} is the checkpoint of a training to {out_dir} that was stopped: pass --resume to go on from it "
             f"or --overwrite to begin anew"

@@ -7,6 +7,7 @@ adapters (PEFT's ``modules_to_save``), because nobody could draw the same one ag
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,20 @@ def class_of(model: nn.Module) -> tuple[str, ...] | None:
     return tuple(names[number] for number in sorted(names))
 
 
+def in_order_of(model_dir: str | os.PathLike[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes as a checkpoint's head numbers them, where it names the same ones; otherwise as they are."""
+    known = _names_in(str(model_dir))
+    return known if sorted(known) == sorted(classes) else tuple(classes)
+
+
+def _names_in(source: str) -> tuple[str, ...]:
+    try:
+        names = transformers.AutoConfig.from_pretrained(source, local_files_only=True).id2label
+    except (OSError, ValueError, KeyError):  # `load_model` says what is wrong
+        return ()
+    return tuple(str(names[number]) for number in sorted(names or {}))
+
+
 def load_classifier(
     source: str, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], seed: int, **options: Any
 ) -> PreTrainedModel:
@@ -71,14 +86,19 @@ def load_classifier(
     Args:
         source: directory, or name in the local cache.
         tokenizer: of the model.
-        classes: names, whose places are their numbers; at least two.
+        classes: names, whose places are their numbers; at least two (`in_order_of`: as the checkpoint numbers them).
         seed: of a new head; the global random state stays as it was.
         options: of `from_pretrained`.
 
     Raises:
-        UserError: the checkpoint has a head for another number of classes, or lacks weights of the backbone, which a
-            saved adapter would not hold.
+        UserError: the checkpoint has a head for another number of classes, or for these in another order, or lacks
+            weights of the backbone, which a saved adapter would not hold.
     """
+    ordered = in_order_of(source, classes)
+    if ordered != tuple(classes):
+        raise UserError(
+            f"the checkpoint numbers its classes {', '.join(ordered)}: give them in this order, here and to the data"
+        )
     before = logging.get_verbosity()
     # What is missing is told below, and what is new is meant to be.
     logging.set_verbosity_error()

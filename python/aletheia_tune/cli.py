@@ -287,7 +287,7 @@ def probe(
     """
     from aletheia_tune import files
     from aletheia_tune.data import batches as collated_batches
-    from aletheia_tune.data import class_names, pad_token_id
+    from aletheia_tune.data import pad_token_id
     from aletheia_tune.layers import positions_of
     from aletheia_tune.probe import faithful_batches
     from aletheia_tune.probe import probe as run_probe
@@ -295,7 +295,11 @@ def probe(
     files.check_output(out, overwrite, directory=False)
     files.check_apart(out, model, train)
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    classes = class_names(train, fields)
+    classes = _classes(model, train, fields)
+    if faithful:
+        _goes_without(ctx, "--faithful", "batches", "batch_size")
+    if method is not Method.cka:
+        _goes_without(ctx, f"--method {method.value}", "pooling")
     if faithful and classes is not None:
         raise UserError("--faithful is the published probe of language models: leave it out for a classifier")
     loaded, tokenizer = _model(model, dtype, classes, seed)
@@ -412,6 +416,8 @@ def plan(
         raise UserError("give --scores and --out to make a plan, or the file of a plan to show it")
     files.check_output(out, overwrite, directory=False)
     files.check_apart(out, scores, calibration, frontier)
+    if ranks is not Ranks.by_type:
+        _goes_without(ctx, f"--ranks {ranks.value}", "attention_rank", "mlp_rank")
     timed = budget is not None and budget.strip().endswith("%")
     if timed and calibration is None:
         raise UserError(
@@ -515,6 +521,7 @@ def cost(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     model: Model,
     train: Train,
     eval_file: Eval,
@@ -568,7 +575,6 @@ def train(
     """
     from aletheia_tune import files
     from aletheia_tune.checkpoint import check_output
-    from aletheia_tune.data import class_names
     from aletheia_tune.layers import positions_of
     from aletheia_tune.plan import Plan
     from aletheia_tune.train import fine_tune
@@ -577,6 +583,10 @@ def train(
     check_output(out, overwrite, resume)
     files.check_apart(out, model, train, eval_file, calibration, prefix_cache)
     chosen = Plan.from_json(_read(plan_file, "plan"))
+    if prefix_cache is None:
+        _goes_without(ctx, "no --prefix-cache", "prefix_cache_gb")
+    if not chosen.full:
+        _goes_without(ctx, "a plan that trains nothing in full", "full_rate")
     if shrink_to is not None and shrink_after is None:
         raise UserError("--shrink-to goes with --shrink-after: give --shrink-after like 50%")
     config = TrainConfig(
@@ -610,7 +620,7 @@ def train(
         threads=threads,
     )
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    classes = class_names(train, fields)
+    classes = _classes(model, train, fields)
     loaded, tokenizer = _model(model, dtype, classes, seed)
     most = positions_of(loaded)
     examples = _load(train, tokenizer, max_length, most, fields, classes)
@@ -696,7 +706,6 @@ def compare(
     from rich.console import Console
 
     from aletheia_tune import files, worth
-    from aletheia_tune.data import class_names
     from aletheia_tune.environment import machine_facts
     from aletheia_tune.plan import Plan, uniform_plan
     from aletheia_tune.race import Arm, race
@@ -720,7 +729,7 @@ def compare(
     chosen = Plan.from_json(_read(plan_file, "plan"))
     text = None if other_text is None else _read(other_text, "text")
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    uniform = uniform_plan(_model(model, dtype, class_names(train, fields))[0], rank=rank, alpha=2 * rank)
+    uniform = uniform_plan(_model(model, dtype, _classes(model, train, fields))[0], rank=rank, alpha=2 * rank)
     result = race(
         [Arm("uniform-peft", uniform, kernels=False), Arm("plan-kernels", chosen, kernels=True)],
         model,
@@ -767,10 +776,14 @@ def compare(
 def race(
     ctx: typer.Context,
     task_file: Annotated[Path, typer.Argument(metavar="TASK.toml", help="What is raced; see the docs.")],
-    out: OutDir,
+    out: Annotated[
+        Path, typer.Option(help="Directory to write, or one with runs of this task, which are not run again.")
+    ],
     price_per_hour: Price = None,
     watts: Watts = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in a directory that holds something else.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure who reaches uniform LoRA's held-out loss first, each arm at its own best learning rate.
@@ -837,13 +850,30 @@ def _only_shows(ctx: typer.Context) -> None:
         UserError: one was given.
     """
     for name in ctx.params:
-        source = ctx.get_parameter_source(name)
-        given = source is not None and source.name == "COMMANDLINE"
-        if given and name not in ("existing", "show", "as_json"):
-            option = "--" + name.replace("_", "-")
+        if _is_given(ctx, name) and name not in ("existing", "show", "as_json"):
             raise UserError(
-                f"a plan that is there is only shown: drop {option}, or give --scores and no plan"
+                f"a plan that is there is only shown: drop {_option(name)}, or give --scores and no plan"
             )
+
+
+def _goes_without(ctx: typer.Context, what: str, *names: str) -> None:
+    """Refuses options that would be passed over in silence.
+
+    Raises:
+        UserError: one was given.
+    """
+    for name in names:
+        if _is_given(ctx, name):
+            raise UserError(f"{_option(name)} does nothing with {what}: drop it")
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _tell_plan(plan: Plan, place: Path, *, show: bool, as_json: bool) -> None:
@@ -882,6 +912,18 @@ def _fields(
     if prompt is completion is text is messages is None:
         return None
     return Fields(prompt=prompt, completion=completion, text=text, messages=messages)
+
+
+def _classes(model: Path, train: Path, fields: Fields | None) -> tuple[str, ...] | None:
+    """The classes of texts to classify, numbered as the model's own head numbers them if it has one for them."""
+    from aletheia_tune.data import class_names
+
+    found = class_names(train, fields)
+    if found is None:
+        return None
+    from aletheia_tune.classification import in_order_of
+
+    return in_order_of(model, found)
 
 
 def _model(

@@ -129,6 +129,10 @@ def _seconds(plan: Plan, calibration: Calibration) -> list[float]:
         adapters[shape.modules[name].layer] += (
             price.backward_traffic + price.backward_rank * module.rank
         ) * traffic + price.update_parameter * module.rank * shape.rank_parameters(name)
+    for name in plan.full:
+        adapters[shape.modules[name].layer] += price.backward * shape.product_flops(
+            name, calibration.batch
+        ) + price.update_parameter * shape.weights(name)
     ends = [*layers[1:], shape.num_layers]
     return [sum(frozen[layer:end]) + adapters[layer] for layer, end in zip(layers, ends, strict=True)]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from aletheia_tune.classification import load_classifier
 from aletheia_tune.environment import known_dtype
@@ -17,6 +18,9 @@ from aletheia_tune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What transformers raises where a file is missing, damaged, or of another model than the configuration.
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_model(
@@ -37,8 +41,8 @@ def load_model(
         seed: of a classifier's new head.
 
     Raises:
-        UserError: nothing there, not a causal language model (a model with a classifier), no tokenizer, or an unknown
-            dtype; as `load_classifier` raises it.
+        UserError: nothing there, not a causal language model (a model with a classifier), no tokenizer, an unknown
+            dtype, a damaged file, or a checkpoint that lacks weights; as `load_classifier` raises it.
     """
     weights = dtype if dtype == "auto" else getattr(torch, known_dtype(dtype))
     path = Path(model_dir)
@@ -60,15 +64,32 @@ def load_model(
             options: dict[str, Any] = {"dtype": weights, "local_files_only": local, "use_safetensors": True}
             model: Any
             if classes is None:
-                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    source, output_loading_info=True, **options
+                )
+                model, info = loaded
+                _require_all_weights(model_dir, info["missing_keys"])
             else:
                 model = load_classifier(source, tokenizer, classes, seed, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # The tokenizers' own errors have no class of their own.
+        if type(error) is not Exception and not isinstance(error, _UNLOADABLE):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
         ) from error
     return model, tokenizer
+
+
+def _require_all_weights(model_dir: str | os.PathLike[str], missing: Collection[str]) -> None:
+    if missing:
+        raise UserError(
+            f"the checkpoint in {model_dir} lacks {min(missing)} (of {len(missing)} weights), which would be drawn "
+            "anew at every load: give one that has them"
+        )
 
 
 @contextlib.contextmanager

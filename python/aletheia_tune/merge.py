@@ -6,6 +6,7 @@ trained in full takes the place of what it was trained from; everything else sta
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections import Counter
@@ -22,6 +23,7 @@ from aletheia_tune import files
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import full_modules
 from aletheia_tune.loading import load_model, no_progress_bars
+from aletheia_tune.metrics import TrainResult
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -36,8 +38,9 @@ def merge_adapter(
     """Write a transformers model (safetensors, configuration, tokenizer) with a LoRA adapter merged into it.
 
     Args:
-        model_dir: as `train.load_model` takes it: the model that the adapter was trained on.
-        adapter_dir: a directory with a PEFT LoRA adapter in safetensors, such as `fine_tune` writes.
+        model_dir: as `load_model` takes it: the model that the adapter was trained on.
+        adapter_dir: a directory with a PEFT LoRA adapter in safetensors, such as `fine_tune` writes; of a classifier
+            with its `metrics.json`, which names the classes.
         out_dir: must not exist or be empty, unless `overwrite`; appears once all is in it.
         overwrite: replace a directory that is there.
 
@@ -51,7 +54,7 @@ def merge_adapter(
     """
     with files.output_directory(out_dir, overwrite) as directory:
         config = _adapter_config(Path(adapter_dir))
-        model, tokenizer = load_model(model_dir, "auto")
+        model, tokenizer = load_model(model_dir, "auto", _classes(config, Path(adapter_dir)))
         peft_model = _adapted(model, config, Path(adapter_dir))
         count = _merge_layers(peft_model)
         merged = peft_model.base_model.unload()
@@ -76,6 +79,24 @@ def _adapter_config(adapter: Path) -> LoraConfig:
             f"the adapter in {adapter} is {config.peft_type}: only LoRA adapters can be merged here"
         )
     return config
+
+
+def _classes(config: LoraConfig, adapter: Path) -> tuple[str, ...] | None:
+    """The classes of a classifier's adapter, from the metrics beside it; None of another adapter."""
+    if config.task_type != "SEQ_CLS":
+        return None
+    try:
+        classes = TrainResult.from_dict(
+            json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
+        ).classes
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(
+            f"the adapter in {adapter} is a classifier's, and no metrics.json beside it names the classes: give the "
+            "directory that `aletheia train` wrote"
+        ) from error
+    if classes is None:
+        raise UserError(f"{adapter / 'metrics.json'} names no classes, and the adapter is a classifier's")
+    return classes
 
 
 def _adapted(model: Any, config: LoraConfig, adapter: Path) -> Any:

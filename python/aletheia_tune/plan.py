@@ -237,12 +237,14 @@ class Plan:
             model: bare or already adapted; it is not changed.
 
         Raises:
-            UserError: a module that is not in the model or is no linear or expert parameter, an expert parameter that
-                is to be trained in full (PEFT trains whole modules), a rank above in_features + out_features, dropout
-                on expert parameters (PEFT has none), or a key that PEFT would match to other modules than the plan's.
+            UserError: a model of another number of layers, a module that is not in the model or is no linear or expert
+                parameter, an expert parameter that is to be trained in full (PEFT trains whole modules), a rank above
+                in_features + out_features, dropout on expert parameters (PEFT has none), or a key that PEFT would match
+                to other modules than the plan's.
         """
         bare = _bare_modules(model)
         shapes = _shapes(model, (*self.modules, *self.full))
+        self._check_depth(model)
         for name in self.full:
             if name not in bare:
                 raise UserError(f"expert parameter {name!r} cannot be trained in full: give it an adapter")
@@ -376,6 +378,17 @@ class Plan:
             index = _layer_index(name, self.layer_path)
             assert index is not None  # checked at construction
             yield index, name
+
+    def _check_depth(self, model: nn.Module) -> None:
+        try:
+            found = find_layers(model)
+        except UserError:  # nothing to compare with; the names of the modules do fit
+            return
+        if found.path == self.layer_path and len(found.layers) != self.num_layers:
+            raise UserError(
+                f"the plan is for {self.num_layers} layers and the model has {len(found.layers)}: "
+                "make it with this model"
+            )
 
     def _rehearse(self, config: LoraConfig, bare: Mapping[str, nn.Module]) -> None:
         skeleton = _skeleton(bare, self.modules)

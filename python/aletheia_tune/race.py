@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 
 from aletheia_kernels import tune_allocator
 from aletheia_tune import files
+from aletheia_tune.classification import in_order_of
 from aletheia_tune.data import Collator, Example, Fields, class_names, load_examples, pad_token_id
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.evaluation import held_out_loss
@@ -296,6 +297,8 @@ def race(
     if slice_steps < 1:
         raise UserError(f"slice is {slice_steps} steps: it must be at least 1")
     classes = class_names(train_path, fields)
+    if classes is not None:
+        classes = in_order_of(model_dir, classes)
     if classes is not None and extra_text is not None:
         raise UserError("a classifier has no perplexity: leave the other text out")
     with files.output_directory(out, overwrite) as directory:

@@ -12,6 +12,7 @@ from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers, positions_of
+from aletheia_tune.number_types import is_finite, is_whole
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
 from aletheia_tune.scores.cka import Pooling
@@ -45,9 +46,9 @@ class Recipe:
         pooling: of the score "cka", as `probe` takes it.
 
     Raises:
-        UserError: a score of no such name, a share outside (0, 100], no probe batches, only one of sampled_depth and
-            calibration, sampled_depth without a score of the probe, a share in full outside [0, 100) or without a probe
-            to choose by.
+        UserError: a value of the wrong kind, a score of no such name, a share outside (0, 100], no probe batches, only
+            one of sampled_depth and calibration, sampled_depth without a score of the probe, a share in full outside
+            [0, 100), or that or unequal ranks without a probe to choose by.
     """
 
     score: str = UNIFORM
@@ -64,6 +65,16 @@ class Recipe:
     pooling: Pooling = "last"
 
     def __post_init__(self) -> None:
+        for name in ("rank", "probe_batches", "probe_batch_size"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise UserError(f"{name} is {value!r}: give a whole number of 1 or more")
+        for name in ("layers", "full", "alpha", "sampled_depth"):
+            value = getattr(self, name)
+            if value is not None and not is_finite(value):
+                raise UserError(f"{name} is {value!r}: give a number")
+        if self.ranks not in get_args(Ranks):
+            raise UserError(f"ranks {self.ranks!r} is unknown: choose one of {', '.join(get_args(Ranks))}")
         known = (UNIFORM, *CONTROLS, *METHODS)
         if self.score not in known:
             raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
@@ -79,9 +90,10 @@ class Recipe:
             raise UserError(
                 f"full is {self.full}, but score {self.score!r} has no probe to choose modules by"
             )
-        for name in ("probe_batches", "probe_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.ranks != "uniform" and self.score not in METHODS:
+            raise UserError(
+                f"ranks is {self.ranks!r}, but score {self.score!r} has no probe to rank modules by"
+            )
         if (self.sampled_depth is None) != (self.calibration is None):
             raise UserError(
                 "sampled_depth and calibration, a file from `aletheia cost`, go together: give both"

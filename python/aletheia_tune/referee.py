@@ -172,6 +172,10 @@ def _task(content: dict[str, Any], beside: Path) -> RaceTask:
     for key, place in paths.items():
         if not _is_there(place):
             raise UserError(f"{key} {place} does not exist")
+        if key == "model" and not _is_there(os.path.join(place, "config.json")):
+            raise UserError(f"model {place} has no config.json: give a directory that save_pretrained wrote")
+        if key != "model" and not Path(place).is_file():
+            raise UserError(f"{key} {place} is no file")
     rates = _numbers(content.get("rates", [5e-4, 1e-3, 2e-3]), "rates", float)
     if len(rates) < 3 or any(not rate > 0 for rate in rates) or sorted(set(rates)) != list(rates):
         raise UserError("rates: give at least three positive learning rates in ascending order")
@@ -655,7 +659,10 @@ class _Runs:
         self.directory = directory
         self.console = console
         self.progress = progress
-        self.text = None if task.other_text is None else Path(task.other_text).read_text(encoding="utf-8")
+        try:
+            self.text = None if task.other_text is None else Path(task.other_text).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"cannot read other_text {task.other_text}: not UTF-8 text") from None
 
     def race(self, name: str, arms: Sequence[Arm], *, forgetting: bool = True) -> RaceResult:
         place = self.directory / f"{name}-{_digest(arms)}"

@@ -129,7 +129,9 @@ def fine_tune(
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
     keeper = Keeper(
         out_dir,
-        lambda: identity(model, plan.to_json(), train_examples, eval_examples, settings),
+        lambda: identity(
+            model, dataclasses.replace(plan, meta={}).to_json(), train_examples, eval_examples, settings
+        ),
         every=config.checkpoint_every,
         overwrite=overwrite,
         resume=resume,
@@ -167,6 +169,7 @@ def fine_tune(
                 kernels = undo.enter_context(
                     use_kernels(peft_model, example_inputs=small, label_smoothing=config.label_smoothing)
                 )
+                progress.console.print(str(kernels.patch), highlight=False, soft_wrap=True)
                 if kernels.head.active:
                     # The Trainer's own would keep the labels from the model and ask it for all logits.
                     trainer.label_smoother = None

@@ -9,6 +9,7 @@ from typing import Literal
 
 from aletheia_tune.environment import known_dtype
 from aletheia_tune.errors import UserError
+from aletheia_tune.number_types import is_whole
 from aletheia_tune.sampled_depth import check_odds
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -23,6 +24,28 @@ FREE_SETTINGS = (
     "threads",
     "progress",
 )
+
+
+# Fields by the kind of their values, which TOML and callers may get wrong; None where a field allows it.
+_WHOLE = (
+    "steps", "batch_size", "gradient_accumulation", "seed", "max_length", "eval_every", "eval_batch_size",
+    "checkpoint_every", "threads",
+)  # fmt: skip
+_REAL = (
+    "epochs", "learning_rate", "lora_plus", "full_rate", "warmup", "label_smoothing", "prefix_cache_gb",
+    "shrink_after", "shrink_to",
+)  # fmt: skip
+_SWITCHES = (
+    "group_by_length", "packing", "kernels", "gradient_checkpointing", "reweight_depth", "progress",
+)  # fmt: skip
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,17 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for names, fits, kind in (
+            (_WHOLE, is_whole, "a whole number"),
+            (_REAL, _is_real, "a number"),
+            (_SWITCHES, _is_switch, "true or false"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise UserError(f"{name} is {value!r}: give {kind}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: give a whole number from 0 to {2**32 - 1}")
         if self.steps is not None and self.epochs is not None:
             raise UserError("steps and epochs exclude each other: give one of them")
         for name in ("steps", "epochs", "eval_every", "checkpoint_every", "threads"):
@@ -119,8 +153,12 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation", "eval_batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.prefix_cache_gb > 0:
-            raise UserError(f"prefix cache of {self.prefix_cache_gb} GiB: give a size above 0")
+        if self.epochs == math.inf:
+            raise UserError("epochs is inf: give a number of passes, or steps")
+        if not 0 < self.prefix_cache_gb < math.inf:
+            raise UserError(
+                f"prefix cache of {self.prefix_cache_gb} GiB: give a size above 0 that the disk has"
+            )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UserError(f"learning rate is {self.learning_rate}: it must be a positive number")
         if not (self.lora_plus > 0 and math.isfinite(self.lora_plus)):
