@@ -583,10 +583,6 @@ def train(
     check_output(out, overwrite, resume)
     files.check_apart(out, model, train, eval_file, calibration, prefix_cache)
     chosen = Plan.from_json(_read(plan_file, "plan"))
-    if prefix_cache is None:
-        _goes_without(ctx, "no --prefix-cache", "prefix_cache_gb")
-    if not chosen.full:
-        _goes_without(ctx, "a plan that trains nothing in full", "full_rate")
     if shrink_to is not None and shrink_after is None:
         raise UserError("--shrink-to goes with --shrink-after: give --shrink-after like 50%")
     config = TrainConfig(
@@ -619,6 +615,10 @@ def train(
         checkpoint_every=checkpoint_every,
         threads=threads,
     )
+    if prefix_cache is None:
+        _goes_without(ctx, "no --prefix-cache", "prefix_cache_gb")
+    if not chosen.full:
+        _goes_without(ctx, "a plan that trains nothing in full", "full_rate")
     fields = _fields(prompt_field, completion_field, text_field, messages_field)
     classes = _classes(model, train, fields)
     loaded, tokenizer = _model(model, dtype, classes, seed)

@@ -261,6 +261,12 @@ def test_another_training_is_refused(tune, tmp_path, place, plan, tiny_model_dir
     assert Checkpoint.read(place).step == 4
 
 
+def test_the_same_plan_made_again_is_the_same_training(tune, tmp_path, place, plan):
+    tune(tmp_path / "whole", dataclasses.replace(CONFIG, checkpoint_every=None))
+    tune(tmp_path / "out", plan=dataclasses.replace(plan, meta={"probe": {"seconds": 9.0}}), resume=True)
+    assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+
+
 def test_several_processes_are_refused(tune, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="checkpoints are of one process"):

@@ -28,11 +28,12 @@ from transformers import (
 )
 
 from aletheia_tune import cli
-from aletheia_tune.classification import class_of, head_modules
+from aletheia_tune.classification import class_of, head_modules, in_order_of
 from aletheia_tune.data import Collator, Fields, class_names, load_examples
 from aletheia_tune.errors import UserError
 from aletheia_tune.evaluation import held_out
 from aletheia_tune.loading import load_model
+from aletheia_tune.merge import merge_adapter
 from aletheia_tune.metrics import TrainResult
 from aletheia_tune.plan import Plan, uniform_plan
 from aletheia_tune.probe import METHODS
@@ -240,6 +241,35 @@ def test_a_head_that_is_there_is_kept(tmp_path):
     assert words.model_max_length == 24
     with pytest.raises(UserError, match=r"classifier\.bias is not for the data's 2 classes"):
         load_model(path, "float32", CLASSES)
+
+
+def test_the_classes_of_a_head_keep_their_numbers(tmp_path, train_file, eval_file):
+    """The file's labels in their order are neg, pos; the head's first row says pos."""
+    names = {"id2label": {0: "pos", 1: "neg"}, "label2id": {"pos": 0, "neg": 1}}
+    path = saved(tmp_path / "model", lambda: BertForSequenceClassification(settings(**names)))
+    assert in_order_of(path, ("neg", "pos")) == ("pos", "neg")
+    assert in_order_of(path, ("neg", "none")) == ("neg", "none")
+    with pytest.raises(UserError, match="the checkpoint numbers its classes pos, neg: give them in this order"):
+        load_model(path, "float32", ("neg", "pos"))
+    model, _ = load_model(path, "float32", ("pos", "neg"))
+    assert torch.equal(model.classifier.weight, load_file(path / "model.safetensors")["classifier.weight"])
+    config = dataclasses.replace(CONFIG, steps=2)
+    result = race([Arm("one", upper_half(model), kernels=True)], path, train_file, eval_file, config, tmp_path / "race")
+    assert result.arms[0].training.classes == ("pos", "neg")
+
+
+def test_an_adapter_merges_with_its_head(tune, tmp_path, encoder_dir, eval_file):
+    result = tune(tmp_path / "out")
+    assert merge_adapter(encoder_dir, tmp_path / "out", tmp_path / "merged") > 1
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert class_of(merged) == CLASSES
+    examples = load_examples(eval_file, tokenizer(), classes=CLASSES)
+    loss, accuracy = held_out(merged, examples, Collator(0), 4)
+    assert loss == pytest.approx(result.eval_loss_after, rel=1e-4)
+    assert accuracy == result.eval_accuracy_after
+    (tmp_path / "out" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"no metrics\.json beside it names the classes"):
+        merge_adapter(encoder_dir, tmp_path / "out", tmp_path / "again")
 
 
 def test_a_text_as_long_as_the_model_has_positions(tune, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.scores.cka import Pooling
 from aletheia_tune.scores.controls import CONTROLS
 from tests import accessibility
+from tests.task_case import task_text
 
 COMMANDS = ["probe", "cost", "plan", "train", "merge", "compare", "race", "doctor"]
 
@@ -155,6 +157,7 @@ def test_probe_plan_train_in_sequence(run, given, tiny_model_dir, train_file, tm
     ran = run("train", *options(given, plan=plan, out=out))
     assert ran.code == 0, ran
     assert "held-out loss" in ran.out
+    assert "adapted modules run on the kernels" in ran.err
     assert Plan.from_json((out / "plan.json").read_text()) == chosen
     assert json.loads((out / "metrics.json").read_text())["stopped"] is None
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), out)
@@ -632,6 +635,7 @@ def test_model_without_layers(refuses, given, plan_file, tmp_path):
         (["--layers", "half"], "half"),
         (["--alpha", "0"], "alpha"),
         (["--dropout", "1"], "dropout"),
+        (["--mlp-rank", "8"], "--mlp-rank does nothing with --ranks uniform"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -700,6 +704,10 @@ def test_a_plan_of_another_model(refuses, given, tmp_path):
         ({"full_rate": 0}, "full_rate is 0"),
         ({"max_length": 1}, "max length"),
         ({"threads": 0}, "threads"),
+        ({"seed": -1}, "seed is -1"),
+        ({"full_rate": 0.5}, "--full-rate does nothing with a plan that trains nothing in full"),
+        ({"prefix_cache_gb": 2}, "--prefix-cache-gb does nothing with no --prefix-cache"),
+        ({"prefix_cache": ".", "prefix_cache_gb": "inf"}, "a size above 0 that the disk has"),
     ],
 )
 def test_bad_training_settings(refuses, given, plan_file, tmp_path, changes, says):
@@ -707,11 +715,56 @@ def test_bad_training_settings(refuses, given, plan_file, tmp_path, changes, say
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"batches": 0}, "number of batches"), ({"batch_size": 0}, "batch size")]
+    ("changes", "says"),
+    [
+        ({"batches": 0}, "number of batches"),
+        ({"batch_size": 0}, "batch size"),
+        ({"pooling": "mean"}, "--pooling does nothing with --method aletheia"),
+    ],
 )
 def test_bad_probe_settings(refuses, given, tmp_path, changes, says):
     values = {"--model": given["--model"], "--train": given["--train"], "--out": tmp_path / "new.json"}
     refuses("probe", *options(values, **changes), says=(says,))
+
+
+def test_the_published_probe_takes_no_batches(refuses, given, tmp_path):
+    values = {"--model": given["--model"], "--train": given["--train"], "--out": tmp_path / "new.json"}
+    refuses("probe", *options(values, batches=20), "--faithful", says=("--batches does nothing with --faithful",))
+
+
+def test_no_output_in_the_place_of_an_input(refuses, given, plan_file, scores_file, tmp_path):
+    """Also when overwriting is asked for."""
+    out = tmp_path / "out"
+    shutil.copytree(given["--model"], out / "model")
+    mine = {**given, "--model": out / "model"}
+    for place in (out, out / "model"):
+        arguments = options(mine, plan=plan_file, out=place)
+        refuses("train", *arguments, "--overwrite", says=(f"would replace {out / 'model'}",))
+        refuses("compare", *arguments, "--overwrite", says=(f"would replace {out / 'model'}",))
+    refuses("plan", *options({}, scores=scores_file, out=scores_file), "--overwrite", says=("would replace",))
+    arguments = options(given, plan=plan_file, out=tmp_path / "new", prefix_cache=tmp_path / "new" / "cache")
+    refuses("train", *arguments, says=("would replace",))
+
+
+@pytest.mark.parametrize("name", ["/", "x" * 250])
+def test_output_names_that_cannot_be(refuses, given, plan_file, tmp_path, name):
+    refuses("train", *options(given, plan=plan_file, out=tmp_path / name), says=("output",))
+
+
+def test_a_race_of_files_that_are_none(refuses, given, tmp_path):
+    for name in ("train", "eval"):
+        shutil.copy(given[f"--{name}"], tmp_path / f"{name}.jsonl")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").mkdir()
+    task = tmp_path / "task.toml"
+    for model, key, says in (
+        (tmp_path / "empty", "", "has no config.json"),
+        (given["--model"], 'other_text = "empty"', "is no file"),
+    ):
+        task.write_text(task_text("tiny", model, 24, key))
+        refuses("race", task, "--out", tmp_path / "race", says=(says,))
+    task.write_text(task_text("tiny", given["--model"], 24, 'other_text = "latin.txt"'))
+    assert_one_line(refuses.run("race", task, "--out", tmp_path / "race"), "not UTF-8 text")
 
 
 def test_a_race_of_rank_zero(refuses, given, plan_file, tmp_path):

@@ -42,7 +42,8 @@ def step_seconds(odds: dict[int, float], plan: Plan, calibration: Calibration) -
     total = 0.0
     for end, odd in odds.items():
         kept = {name: module for name, module in plan.modules.items() if int(name.split(".")[1]) >= end}
-        seconds = predict(dataclasses.replace(plan, modules=kept), calibration).seconds
+        full = tuple(name for name in plan.full if int(name.split(".")[1]) >= end)
+        seconds = predict(dataclasses.replace(plan, modules=kept, full=full), calibration).seconds
         for name in plan.modules.keys() - kept.keys():
             traffic = shape.traffic(name, calibration.batch)
             seconds += (price.forward_traffic + price.forward_rank * plan.modules[name].rank) * traffic
@@ -77,6 +78,15 @@ def test_layers_without_adapters_are_paid_on_the_way_and_are_no_ends():
     assert found.odds.keys() <= {1, 3, 4}
     full = predict(plan, calibration).seconds
     assert step_seconds(found.odds, plan, calibration) == pytest.approx(0.8 * full)
+
+
+def test_what_is_trained_in_full_has_its_price():
+    plan, calibration = plan_of([1.0, 5.0, 1.0, 5.0], [0, 2, 3]), prices(4)
+    plan = dataclasses.replace(plan, full=("layers.1.mlp.up",))
+    found = depth_odds(plan, calibration, 0.8)
+    seconds = predict(plan, calibration).seconds
+    assert found.time == pytest.approx(0.8)
+    assert step_seconds(found.odds, plan, calibration) == pytest.approx(0.8 * seconds)
 
 
 def test_the_whole_time_is_the_whole_pass():

@@ -123,6 +123,38 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
     assert listing(tmp_path) == [".out.partial-notes", "out", "out/weights"]
 
 
+def test_what_another_put_there_meanwhile_stays(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(UserError, match=r"was taken while this ran .* is in .*out\.finished-"):
+        with files.output_directory(target) as directory:
+            (directory / "mine").write_text("mine")
+            target.mkdir()
+            (target / "theirs").write_text("theirs")
+    assert (target / "theirs").read_text() == "theirs"
+    (finished,) = tmp_path.glob("out.finished-*")
+    assert (finished / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", finished.name])
+
+
+def test_an_empty_directory_made_meanwhile_is_taken(tmp_path):
+    target = tmp_path / "out"
+    with files.output_directory(target) as directory:
+        (directory / "mine").write_text("mine")
+        target.mkdir()
+    assert listing(tmp_path) == ["out", "out/mine"]
+
+
+def test_what_was_moved_away_by_a_killed_process_comes_back(tmp_path):
+    target, old = tmp_path / "out", tmp_path / ".out.old-0123456789ab"
+    old.mkdir()
+    (old / "weights").write_text("whole")
+    files.sweep(target)
+    assert listing(tmp_path) == ["out", "out/weights"]
+    old.mkdir()
+    files.sweep(target)
+    assert listing(tmp_path) == ["out", "out/weights"]
+
+
 def test_output_directory_appears_only_when_the_block_ends(tmp_path):
     target = tmp_path / "runs" / "demo"
     with files.output_directory(target) as directory:

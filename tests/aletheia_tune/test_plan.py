@@ -468,6 +468,12 @@ def test_any_choice_of_layers_and_ranks_is_what_peft_gives(chosen, data):
     assert lora_layers(get_peft_model(model, plan.to_lora_config(model))) == planned(plan)
 
 
+def test_a_plan_for_a_model_of_another_depth_is_refused():
+    plan = make_plan(scores(1.0, 3.0, 2.0), layers=67)
+    with pytest.raises(UserError, match="the plan is for 3 layers and the model has 4: make it with this model"):
+        plan.to_lora_config(llama(4))
+
+
 def test_the_config_survives_saving(tmp_path):
     model = llama(3)
     plan = make_plan(scores(1.0, 3.0, 2.0), layers=67, ranks="by-type", attention_rank=2, mlp_rank=3, alpha=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    TrainerCallback,
+)
 
 from aletheia_tune import train
 from aletheia_tune.data import Collator, load_examples
@@ -610,6 +618,13 @@ def test_training_without_held_out_examples(tiny_model_dir, train_file, tmp_path
         ({"shrink_after": 50.0, "sampled_depth": {0: 1.0}}, "exclude each other"),
         ({"init": "zero"}, "init 'zero' is unknown"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+        ({"steps": 24.5}, "steps is 24.5: give a whole number"),
+        ({"packing": "false"}, "packing is 'false': give true or false"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3': give a number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"epochs": float("inf")}, "epochs is inf"),
+        ({"prefix_cache_gb": float("inf")}, "a size above 0 that the disk has"),
     ],
 )
 def test_settings_that_cannot_be_meant(options, line):
@@ -627,6 +642,16 @@ def test_models_that_cannot_be_loaded(tiny_model_dir, tmp_path):
     (tmp_path / "strange" / "config.json").write_text('{"model_type": "nobody-knows"}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    for name in ("cut", "other-sizes", "no-words"):
+        shutil.copytree(tiny_model_dir, tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config = tmp_path / "other-sizes" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 64}))
+    (tmp_path / "no-words" / "tokenizer.json").write_text("{")
+    headless = LlamaConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=False)
+    shutil.copytree(tiny_model_dir, tmp_path / "headless", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaModel(headless).save_pretrained(tmp_path / "headless")
     for name, line in {
         "missing": "does not exist",
         "file": "is a file",
@@ -634,6 +659,10 @@ def test_models_that_cannot_be_loaded(tiny_model_dir, tmp_path):
         "no-weights": "cannot load a model",
         "strange": "cannot load a model",
         "broken": "cannot load a model",
+        "cut": "cannot load a model",
+        "other-sizes": "cannot load a model",
+        "no-words": "cannot load a model",
+        "headless": r"lacks lm_head\.weight \(of 1 weights\), which would be drawn anew",
     }.items():
         with pytest.raises(UserError, match=line) as caught:
             load_model(tmp_path / name)
