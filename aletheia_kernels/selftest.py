@@ -7,12 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import aletheia_kernels
 from aletheia_kernels import backends, reference
+
+
+# What an operator gave, and what it should have.
+_Found = tuple[list[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,22 @@ def _badness(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _lora(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    width, outs, ranks = _width(70), (_width(65), 48), (3, 20)
+# Ranks of any number, and those that 8 divides: on a card these run other machine code.
+_RANKS = ((3, 20, 5), (8, 24, 16))
+
+
+def _each(check: Callable[..., _Found], dtype: torch.dtype, *cases: Any) -> _Found:
+    """What the check finds for every case, end to end."""
+    found = [check(dtype, case) for case in cases]
+    return [t for given, _ in found for t in given], [t for _, expected in found for t in expected]
+
+
+def _lora(dtype: torch.dtype) -> _Found:
+    return _each(_lora_of, dtype, *_RANKS)
+
+
+def _lora_of(dtype: torch.dtype, ranks: tuple[int, ...]) -> _Found:
+    width, outs, ranks = _width(70), (_width(65), 48), ranks[:2]
     x = torch.randn(61, width).to(dtype)
     weights = [torch.randn(n, width).div(8).to(dtype) for n in outs]
     biases = [torch.randn(outs[0]).to(dtype), None]
@@ -73,9 +92,13 @@ def _lora(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return run(dtype, operator), run(torch.float64, plain)
 
 
-def _gated_mlp(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _gated_mlp(dtype: torch.dtype) -> _Found:
+    return _each(_gated_mlp_of, dtype, *_RANKS)
+
+
+def _gated_mlp_of(dtype: torch.dtype, ranks: tuple[int, ...]) -> _Found:
     middle, out = _width(65), _width(30)
-    shapes, ranks = [(middle, 48), (middle, 48), (out, middle)], (3, 20, 5)
+    shapes = [(middle, 48), (middle, 48), (out, middle)]
     x, dy = torch.randn(70, 48).to(dtype), torch.randn(70, out).to(dtype)
     weights = [torch.randn(shape).div(8).to(dtype) for shape in shapes]
     lora_As = [torch.randn(r, inner).div(8).to(dtype) for r, (_, inner) in zip(ranks, shapes, strict=True)]
@@ -97,13 +120,18 @@ def _gated_mlp(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return run(dtype, operator), run(torch.float64, plain)
 
 
-def _experts(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _experts(dtype: torch.dtype) -> _Found:
+    return _each(_experts_of, dtype, (3, 20, 7), None)
+
+
+def _experts_of(dtype: torch.dtype, each: tuple[int, ...] | None) -> _Found:
     offs = torch.tensor([20, 20, 57], dtype=torch.int32)
-    ranks = torch.tensor([3, 20, 7], dtype=torch.int32)
+    ranks = None if each is None else torch.tensor(each, dtype=torch.int32)
+    rank = 16 if each is None else max(each)
     scalings = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float32)
     out = _width(65)
     x, weight = torch.randn(61, 48).to(dtype), torch.randn(3, out, 48).div(8).to(dtype)
-    lora_A, lora_B = torch.randn(3, 20, 48).div(8).to(dtype), torch.randn(3, out, 20).div(4).to(dtype)
+    lora_A, lora_B = torch.randn(3, rank, 48).div(8).to(dtype), torch.randn(3, out, rank).div(4).to(dtype)
     dy = torch.randn(61, out).to(dtype)
 
     def run(as_dtype: torch.dtype, experts: Callable[..., Tensor]) -> list[Tensor]:
@@ -111,7 +139,7 @@ def _experts(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         y = experts(leaves[0], weight.to(as_dtype), *leaves[1:], scalings, offs, ranks)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(as_dtype))]
 
-    def plain(*arguments: Tensor) -> Tensor:
+    def plain(*arguments: Any) -> Tensor:
         return reference.lora_experts_forward(*arguments)[0]
 
     return run(dtype, aletheia_kernels.lora_experts), run(torch.float64, plain)
@@ -121,35 +149,35 @@ def _pair(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.randn(150, 96).to(dtype), torch.randn(150, _width(130)).to(dtype)
 
 
-def _weight_norm(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _weight_norm(dtype: torch.dtype) -> _Found:
     x, dy = _pair(dtype)
     expected = (dy.double().T @ x.double()).square().sum()
     given = [aletheia_kernels.weight_grad_norm_sq(x, dy, method=method) for method in ("tiles", "gram")]
     return given, [expected, expected]
 
 
-def _weight_norms(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _weight_norms(dtype: torch.dtype) -> _Found:
     pairs = [_pair(dtype), _pair(dtype)]
     expected = [(dy.double().T @ x.double()).square().sum() for x, dy in pairs]
     xs, dys = zip(*pairs, strict=True)
     return list(aletheia_kernels.weight_grad_norms_sq(xs, dys)), expected
 
 
-def _example_norms(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _example_norms(dtype: torch.dtype) -> _Found:
     x, dy = _pair(dtype)
     x, dy = x.view(3, 50, -1), dy.view(3, 50, -1)
     expected = (dy.double().mT @ x.double()).square().sum((1, 2))
     return [aletheia_kernels.weight_grad_norm_sq_per_example(x, dy)], [expected]
 
 
-def _sketch(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _sketch(dtype: torch.dtype) -> _Found:
     x, dy = _pair(dtype)
     omega = torch.randn(96, 16).to(dtype)
     given = aletheia_kernels.weight_grad_norm_sq_sketch(x, dy, omega)
     return list(given), list(reference.weight_grad_norm_sq_sketch(x.double(), dy.double(), omega.double()))
 
 
-def _embedding(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _embedding(dtype: torch.dtype) -> _Found:
     _, dy = _pair(dtype)
     indices = torch.randint(0, 40, (150,))
     expected = (
@@ -158,12 +186,12 @@ def _embedding(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return [aletheia_kernels.embedding_grad_norm_sq(indices, dy)], [expected]
 
 
-def _bias(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _bias(dtype: torch.dtype) -> _Found:
     _, dy = _pair(dtype)
     return [aletheia_kernels.bias_grad_norm_sq(dy)], [dy.double().sum(0).square().sum()]
 
 
-def _cross_entropy(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _cross_entropy(dtype: torch.dtype) -> _Found:
     h, weight = torch.randn(37, 64).to(dtype), torch.randn(501, 64).div(4).to(dtype)
     labels = torch.randint(0, 501, (37,))
     leaf, wide = h.clone().requires_grad_(), h.double().requires_grad_()
@@ -173,7 +201,7 @@ def _cross_entropy(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return [loss.detach(), grads[0]], [expected.detach(), grads[1]]
 
 
-def _attention(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _attention(dtype: torch.dtype) -> _Found:
     q, k, v = (torch.randn(2, heads, 70, 24).to(dtype) for heads in (4, 2, 2))
     last = torch.arange(1, 71, dtype=torch.int32).expand(2, 70)
     first = (last - 50).clamp_min(0)
@@ -192,7 +220,7 @@ def _attention(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return run(dtype, operator), run(torch.float64, plain)
 
 
-def _rms_norm(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _rms_norm(dtype: torch.dtype) -> _Found:
     x, weight, dy = torch.randn(41, 70).to(dtype), torch.randn(70).to(dtype), torch.randn(41, 70).to(dtype)
 
     def run(as_dtype: torch.dtype, norm: Callable[..., Tensor]) -> list[Tensor]:
@@ -209,7 +237,7 @@ def _rms_norm(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return run(dtype, operator), run(torch.float64, plain)
 
 
-def _rotary(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _rotary(dtype: torch.dtype) -> _Found:
     q, k, dq, dk = (torch.randn(2, heads, 35, 24).to(dtype) for heads in (4, 2, 4, 2))
     cos, sin = torch.randn(2, 35, 18).to(dtype), torch.randn(2, 35, 18).to(dtype)
 

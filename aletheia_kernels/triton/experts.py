@@ -257,7 +257,8 @@ def grouped_gradient(
         a = tl.load(wide_at, mask=within[None, :] & (column < columns)[:, None], other=0.0)
         b = tl.load(narrow_at, mask=within[:, None] & (r < limit)[None, :], other=0.0)
         acc = tile_dot(a, b, acc, INTERPRETED)
-        wide_at += BLOCK_T * wide_row.to(tl.int64)
+        # A stride of 1 is a constant to the compiler, which has no method `to`.
+        wide_at += BLOCK_T * tl.cast(wide_row, tl.int64)
         narrow_at += BLOCK_T * narrow_row
     out_at = out + expert.to(tl.int64) * out_expert + r.to(tl.int64)[None, :] * out_rank
     out_at += column.to(tl.int64)[:, None] * out_column

@@ -361,6 +361,11 @@ def _odd(*numbers: int) -> bool:
     return any(number % 16 for number in numbers)
 
 
+def _unit(ranks: Sequence[int], lora_Bs: Sequence[Tensor]) -> int:
+    """What divides every rank and row stride of B; of rank 0 nothing is read, whatever its stride."""
+    return unit_of(*ranks, *(b.stride(0) for b, rank in zip(lora_Bs, ranks, strict=True) if rank))
+
+
 def shrink(x: Tensor, lora_As: Sequence[Tensor], dropout_p: float, seed: Tensor | None) -> Tensor:
     """h [T, R] in float32 = dropout(x) Aᵀ, for x [T, in] with unit columns and A the lora_As [r_i, in] stacked."""
     tokens, features = x.shape
@@ -437,9 +442,11 @@ def _summed(parts: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
 def expand(h: Tensor, lora_Bs: Sequence[Tensor], scalings: Sequence[float], ys: Sequence[Tensor]) -> None:
     """y_i += s_i h_i B_iᵀ, for fresh y_i [T, out_i] with unit columns."""
     tokens = h.shape[0]
+    if h.shape[1] == 0:
+        return
     lora_Bs = adapters(lora_Bs, ys[0].dtype)
     outs, ranks = tuple(b.shape[0] for b in lora_Bs), tuple(b.shape[1] for b in lora_Bs)
-    unit = unit_of(*ranks, *rows_of(lora_Bs))
+    unit = _unit(ranks, lora_Bs)
     tile, options = choose(
         "expand",
         card_for(h),
@@ -450,7 +457,7 @@ def expand(h: Tensor, lora_Bs: Sequence[Tensor], scalings: Sequence[float], ys: 
         unit=unit,
     )
     row_blocks = triton.cdiv(tokens, tile.m)
-    group = max(CACHE // 2 // max(tile.m * h.shape[1] * 4, 1), 1)
+    group = min(max(CACHE // 2 // (tile.m * h.shape[1] * 4), 1), max(row_blocks, 1))
     launch(
         lora_expand,
         (row_blocks * sum(triton.cdiv(out, tile.n) for out in outs),),
@@ -488,7 +495,7 @@ def _dy_pass(
     tokens = h.shape[0]
     lora_Bs = adapters(lora_Bs, dys[0].dtype)
     outs, ranks = tuple(b.shape[0] for b in lora_Bs), tuple(b.shape[1] for b in lora_Bs)
-    unit = unit_of(*ranks, *rows_of(lora_Bs))
+    unit = _unit(ranks, lora_Bs)
     tile, options = choose(
         "dy",
         card_for(h),
@@ -666,15 +673,19 @@ def lora_group_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """:func:`aletheia_kernels.reference.lora.lora_group_backward` for bfloat16, float16 and float32."""
     x, dys = with_unit_columns(x), [with_unit_columns(dy) for dy in dys]
-    dAs = [a.new_empty(a.shape) for a in lora_As]
-    dBs = [b.new_empty(b.shape) for b in lora_Bs]
+    # A launch writes tensors of one dtype. Masters may differ, as where one of them stands in for an adapter that is not
+    # there: then gradients are rounded afterwards.
+    dtypes = {t.dtype for t in (*lora_As, *lora_Bs)}
+    common = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dAs = [a.new_empty(a.shape, dtype=common) for a in lora_As]
+    dBs = [b.new_empty(b.shape, dtype=common) for b in lora_Bs]
     dx = None
     if needs_dx:
         dx = dys[0] @ weights[0]
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
             dx.addmm_(dy, weight)
     if h.shape[1] == 0:
-        return x.new_empty(0) if dx is None else dx, dAs, dBs
+        return x.new_empty(0) if dx is None else dx, _as_masters(dAs, lora_As), _as_masters(dBs, lora_Bs)
     g, dB_parts = _dy_pass(dys, h, lora_Bs, scalings, dBs)
     dA_parts = _dx_pass(x, g, lora_As, dropout_p, seed, dAs, dx)
     # Each lies in one piece, so a row of what is summed is all of it.
@@ -685,4 +696,8 @@ def lora_group_backward(
     ]
     if unsummed:
         _summed(*zip(*unsummed, strict=True))
-    return x.new_empty(0) if dx is None else dx, dAs, dBs
+    return x.new_empty(0) if dx is None else dx, _as_masters(dAs, lora_As), _as_masters(dBs, lora_Bs)
+
+
+def _as_masters(gradients: Sequence[Tensor], masters: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient.to(master.dtype) for gradient, master in zip(gradients, masters, strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from aletheia_kernels.triton import interpreted, tuned
 from aletheia_kernels.triton.cards import Card
 from aletheia_kernels.triton.dot import rounded, tile_dot
-from aletheia_kernels.triton.launch import Options, Traffic, launch
+from aletheia_kernels.triton.launch import Options, Traffic, card_for, launch
 from aletheia_kernels.triton.siblings import (
     CACHE,
     adapters,
@@ -137,7 +137,9 @@ def choice(x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor]) -> d
     """The block sizes to serve this call with; None where it is not to be served: not measured, or measured slower."""
     if not all(weight.stride(1) == 1 for weight in weights):
         return None
-    return tuned.choice(tuned.card_name(x.device), key(x, weights, lora_As)) or None
+    found = tuned.choice(tuned.card_name(x.device), key(x, weights, lora_As))
+    # A file of another version of this package, or of anybody's, names no other block sizes than were checked.
+    return found if found and found in candidates(card_for(x), x.dtype) else None
 
 
 def fused_forward(
@@ -196,7 +198,7 @@ def fused_forward(
             **{name: blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
             "BLOCK_R": min(max(triton.next_power_of_2(max(ranks)), 16), 32),
             "GROUP": GROUP,
-            "UNIT": unit_of(*ranks, *rows_of(lora_Bs)),
+            "UNIT": unit_of(*ranks, *(b.stride(0) for b in lora_Bs if b.shape[1])),
             "INTERPRETED": interpreted(),
         },
         Options(blocks["num_warps"], blocks["num_stages"]),

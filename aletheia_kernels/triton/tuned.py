@@ -33,7 +33,7 @@ def _name_of_index(index: int) -> str:
 
 def path(card: str) -> Path:
     """The file of the card with this name."""
-    root = os.environ.get("ALETHEIA_CACHE") or Path.home() / ".cache" / "aletheia-kernels"
+    root = os.environ.get("ALETHEIA_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "aletheia-kernels")
     return Path(root) / "triton" / f"{card}.json"
 
 
@@ -63,8 +63,11 @@ def save(card: str, choices: Mapping[str, Mapping[str, Any]]) -> None:
 @cache
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{file} cannot be read ({error}) and is not used: delete it, or tune anew", stacklevel=3)
         return {}
     try:
         found = json.loads(text)

@@ -138,6 +138,9 @@ class GatedMlpForward(Replacement):
         if len(known) < len(PARTS):
             return self.original(x, *args, **kwargs)
         dtypes, weights, biases, lora_As, lora_Bs, scalings = (list(c) for c in zip(*known, strict=True))
+        # What stands in for an adapter that is not there has the dtype of those that are: kernels take one for all.
+        master = next((lora_A.dtype for lora_A in lora_As if len(lora_A)), x.dtype)
+        lora_As, lora_Bs = ([t if t.numel() else t.to(master) for t in ts] for ts in (lora_As, lora_Bs))
         return aletheia_kernels.lora_gated_mlp(
             x.to(dtypes[0]), weights, biases, lora_As, lora_Bs, scalings, activation=self.activation
         )

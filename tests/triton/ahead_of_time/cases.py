@@ -143,6 +143,7 @@ CASES = (
     Case("experts of rank 300 in float16", ("sm_90",), _experts(300, dtype=HALF)),
     Case("experts in float32", ("sm_90",), _experts(16, dtype=SINGLE)),
     Case("experts of odd widths", ("sm_90",), _experts(5, width=4095)),
+    Case("experts of one feature", ("sm_90",), _experts(5, width=1), only=("grouped_gradient",)),
     Case("gradient norm by tiles", ALL, _weight_norms("tiles")),
     Case("gradient norm by Gram matrices", ALL, _weight_norms("gram")),
     Case("gradient norm of few tokens", TWO, _weight_norms("auto", tokens_at_most=64)),

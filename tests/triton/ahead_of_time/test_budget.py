@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import triton
 
 from tests.triton.ahead_of_time import budget
 from tests.triton.ahead_of_time.cases import record
@@ -27,6 +28,9 @@ def test_every_rule_is_obeyed(compiled):
 
 
 def test_every_figure_is_the_budgets(compiled):
+    made_with = budget.read()["triton"]
+    if made_with != triton.__version__:
+        pytest.skip(f"the budget was made with triton {made_with}, and this is {triton.__version__}")
     advice = f"if the change is meant, write the budget anew and commit it with the change: {budget.COMMAND}"
     _none(budget.differences(budget.read(), compiled), advice)
 

@@ -46,6 +46,22 @@ def test_master_adapters_and_a_width_of_several_blocks(guarded, two_times_rule, 
         assert ours[name].dtype == (torch.float32 if name[:2] in ("dA", "dB") else torch.bfloat16)
 
 
+def test_masters_of_several_dtypes(device, two_times_rule):
+    """As where gate's stand in, with rank 0, for an adapter that is not there."""
+    for ranks in ((0, 5, 3), (4, 5, 3)):
+        case = Case.draw(70, (16, 24, 16), ranks, torch.bfloat16)
+        leaves = [leaf.detach().to(device) for leaf in case.leaves(torch.bfloat16, torch.float32)]
+        for gate in (1, 4):
+            leaves[gate] = leaves[gate].to(torch.bfloat16)
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        ours = case.results(case.call(leaves, lambda t: t.to(device)), leaves)
+        plain, exact = case.plain(torch.bfloat16), case.plain(torch.float64)
+        for name in exact:
+            two_times_rule(name, ours[name], plain[name], exact[name])
+        assert {ours[name].dtype for name in ("dA[0]", "dB[0]", "dx")} == {torch.bfloat16}
+        assert {ours[name].dtype for name in ("dA[1]", "dB[1]", "dA[2]", "dB[2]")} == {torch.float32}
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_saturated_gates_stay_finite(guarded, two_times_rule, activation):
     case = Case.draw(30, (16, 24, 16), (2, 2, 2), torch.bfloat16, activation)
@@ -87,6 +103,17 @@ def test_backward_writes_to_nothing_that_it_was_given(device):
     gated_mlp.lora_gated_mlp_backward(*given, *rest, case.scalings, "silu", True)
     for now, then in zip(given, before, strict=True):
         assert torch.equal(now, then)
+
+
+def test_without_adapters_nothing_is_read_to_be_added_to():
+    weights = [torch.empty(32, 32, device="meta") for _ in range(3)]
+    lora_As = [torch.empty(0, 32, device="meta") for _ in range(3)]
+    lora_Bs = [torch.empty(32, 0, device="meta") for _ in range(3)]
+    with recording(CARDS["sm_90"]) as recorded:
+        gated_mlp.lora_gated_mlp_forward(
+            torch.empty(64, 32, device="meta"), weights, [None] * 3, lora_As, lora_Bs, [0.0] * 3, "silu"
+        )
+    assert {launch.name for launch in recorded.launches} == {"gated_product"}
 
 
 def test_activations_move_each_tensor_once():

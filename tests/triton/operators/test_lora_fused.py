@@ -78,6 +78,8 @@ def test_serves_where_it_was_measured_to_gain(device, tmp_path, monkeypatch):
     key, card = lora_fused.key(x, weights, lora_As), tuned.card_name(device)
     tuned.save(card, {key: SMALL})
     assert _names(call) == ["lora_shrink", "lora_linear_fused"]
+    tuned.save(card, {key: {"BLOCK_M": 64}})
+    assert _names(call) == ["lora_shrink", "lora_expand"]
     tuned.save(card, {key: {}})
     assert _names(call) == ["lora_shrink", "lora_expand"]
 

@@ -48,6 +48,16 @@ def test_a_damaged_file_is_named_and_not_used(text):
         assert tuned.choice("this", "a") is None
 
 
+@pytest.mark.parametrize("harm", [lambda file: file.write_bytes(b"\xff"), Path.mkdir])
+def test_a_file_that_cannot_be_read_is_named_and_not_used(harm):
+    file = tuned.path("this")
+    file.parent.mkdir(parents=True)
+    harm(file)
+    tuned._read.cache_clear()
+    with pytest.warns(UserWarning, match="this.json cannot be read"):
+        assert tuned.choice("this", "a") is None
+
+
 def test_without_a_card_the_device_is_named():
     assert tuned.card_name(torch.device("cpu")) == "cpu"
     assert tuned.card_name(torch.device("meta")) == "meta"
