@@ -112,18 +112,23 @@ def rows(run: dict[str, Any], names: list[str], suffix: str = "") -> list[Row]:
     return given
 
 
+def _steps(run: dict[str, Any]) -> int:
+    """Of each arm, without the first, which is not counted."""
+    return len(run["exact"]["losses"]) - 1
+
+
 def markdown(lines: list[tuple[str, ...]]) -> str:
     head, *body = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join((head, "|---|" + "---:|" * (len(lines[0]) - 1), *body))
 
 
-def tables(shown: list[Row], run: dict[str, Any]) -> str:
-    steps = len(run["exact"]["losses"]) - 1
+def tables(shown: list[Row], run: dict[str, Any], untuned: dict[str, Any] | None) -> str:
+    steps = f"{_steps(run)} steps" + (f", untuned of {_steps(untuned)}" if untuned else "")
     notes = (
-        f"{run['threads']} threads, {run['machine']} with {run['instruction_set']}; median of {steps} steps. "
+        f"{run['threads']} threads, {run['machine']} with {run['instruction_set']}; median of {steps}. "
         f"The products alone take {run['floor_s']:.2f} s; the low-rank work of our operators takes "
-        f"{run['low_rank_s'] / run['low_rank_floor_s']:.2f} times its FLOPs at the products' rate (both timed after "
-        'the steps). "÷ products" and "÷ ours" compare within one run.'
+        f"{run['low_rank_s'] / run['low_rank_floor_s']:.2f} times its FLOPs at the products' rate (timed between "
+        'the steps and after them). "÷ products" and "÷ ours" compare within one run.'
     )
     columns = (
         "s a step (middle half)",
@@ -213,6 +218,7 @@ def main() -> int:
     tuned = load(options.tuned)
     if tuned["allocator"] != "tuned":
         parser.error(f"{options.tuned} is of the {tuned['allocator']} allocator; expected tuned")
+    default: dict[str, Any] | None = None
     groups = [rows(tuned, [name for name in LABELS if name in tuned["arms"]])]
     if options.default:
         default = load(options.default)
@@ -223,7 +229,7 @@ def main() -> int:
         names = [name for name in LABELS if name in default["arms"] and name.startswith("peft")]
         groups.insert(0, rows(default, names, ", untuned"))
 
-    table = tables([row for group in groups for row in group], tuned)
+    table = tables([row for group in groups for row in group], tuned, default)
     rewrite(PAGE, tuned["instruction_set"], table)
     with matplotlib.rc_context(STYLE):
         picture(groups).savefig(DOCS / f"{PAGE.stem}-{tuned['instruction_set']}.svg", metadata={"Date": None})
