@@ -15,7 +15,6 @@ from torch import Tensor
 import aletheia_kernels
 from aletheia_kernels import backends, reference
 
-
 # What an operator gave, and what it should have.
 _Found = tuple[list[Tensor], list[Tensor]]
 

@@ -317,7 +317,9 @@ def main() -> None:
         for name in options.sizes or SIZES:
             if name not in kept["sizes"]:
                 if (kept["machine"], kept["versions"]) != (facts, versions()):
-                    parser.error(f"{options.json} holds another machine's or other versions' figures: give another file")
+                    parser.error(
+                        f"{options.json} holds figures of another machine or of other versions: give another file"
+                    )
                 kept["sizes"][name] = measure(SIZES[name], options.steps)
                 if options.json:
                     files.write_text(options.json, json.dumps(kept, indent=1) + "\n", overwrite=True)

@@ -288,7 +288,7 @@ def main() -> int:
     if unknown or names[0] not in UNIFORM:
         parser.error(f"arms are {', '.join(ARMS)}, a uniform one first; given {options.arms}")
 
-    # The floor and the low-rank work are timed in this process: a floor that pays for page faults would flatter every arm.
+    # The floor and the low-rank work are timed in this process: a floor with page faults would flatter every arm.
     aletheia_kernels.tune_allocator()
     console = Console(width=130, highlight=False)
     context = multiprocessing.get_context("spawn")

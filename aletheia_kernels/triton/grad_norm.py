@@ -464,7 +464,9 @@ def _on_device(rows: list[list[int]], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.tensor(rows, dtype=torch.int64, device=device)
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("gradient norms cannot be captured: their work list is copied from the host in each call")
+        raise RuntimeError(
+            "gradient norms cannot be captured: their work list is copied from the host in each call"
+        )
     # From pinned memory, so that the host does not wait for the copy; on the host whatever the default device is.
     return torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
 

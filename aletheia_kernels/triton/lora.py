@@ -673,8 +673,8 @@ def lora_group_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """:func:`aletheia_kernels.reference.lora.lora_group_backward` for bfloat16, float16 and float32."""
     x, dys = with_unit_columns(x), [with_unit_columns(dy) for dy in dys]
-    # A launch writes tensors of one dtype. Masters may differ, as where one of them stands in for an adapter that is not
-    # there: then gradients are rounded afterwards.
+    # A launch writes tensors of one dtype. Masters may differ, as where one stands in for an adapter that is not there:
+    # then gradients are rounded afterwards.
     dtypes = {t.dtype for t in (*lora_As, *lora_Bs)}
     common = dtypes.pop() if len(dtypes) == 1 else torch.float32
     dAs = [a.new_empty(a.shape, dtype=common) for a in lora_As]

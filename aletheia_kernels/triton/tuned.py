@@ -33,7 +33,9 @@ def _name_of_index(index: int) -> str:
 
 def path(card: str) -> Path:
     """The file of the card with this name."""
-    root = os.environ.get("ALETHEIA_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "aletheia-kernels")
+    root = os.environ.get("ALETHEIA_CACHE") or os.path.join(
+        os.path.expanduser("~"), ".cache", "aletheia-kernels"
+    )
     return Path(root) / "triton" / f"{card}.json"
 
 
@@ -67,7 +69,9 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"{file} cannot be read ({error}) and is not used: delete it, or tune anew", stacklevel=3)
+        warnings.warn(
+            f"{file} cannot be read ({error}) and is not used: delete it, or tune anew", stacklevel=3
+        )
         return {}
     try:
         found = json.loads(text)

@@ -214,11 +214,15 @@ def test_what_cannot_be_planned():
             budget_plan(scores_of(calibration, values), calibration)
     with pytest.raises(UserError, match=r"knows no module 'layers\.3"):
         budget_plan(scores_of(prices(4), [1.0] * 8), calibration)
-    with pytest.raises(UserError, match="the scores are of 3 layers and the calibration of 4: use files of one model"):
+    with pytest.raises(
+        UserError, match="the scores are of 3 layers and the calibration of 4: use files of one model"
+    ):
         budget_plan(scores_of(prices(3), [1.0] * 6), prices(4))
     wide = scores_of(calibration, [1.0] * 6)
     wide.modules["layers.0.attn.q"] = dataclasses.replace(wide.modules["layers.0.attn.q"], in_features=16)
-    with pytest.raises(UserError, match="'layers.0.attn.q' is 16 x 8 in the scores and 8 x 8 in the calibration"):
+    with pytest.raises(
+        UserError, match=r"'layers\.0\.attn\.q' is 16 x 8 in the scores and 8 x 8 in the calibration"
+    ):
         budget_plan(wide, calibration)
     with pytest.raises(UserError, match="frontier of 1 points"):
         frontier(scores, calibration, 1)

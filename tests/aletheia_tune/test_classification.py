@@ -249,12 +249,16 @@ def test_the_classes_of_a_head_keep_their_numbers(tmp_path, train_file, eval_fil
     path = saved(tmp_path / "model", lambda: BertForSequenceClassification(settings(**names)))
     assert in_order_of(path, ("neg", "pos")) == ("pos", "neg")
     assert in_order_of(path, ("neg", "none")) == ("neg", "none")
-    with pytest.raises(UserError, match="the checkpoint numbers its classes pos, neg: give them in this order"):
+    with pytest.raises(
+        UserError, match="the checkpoint numbers its classes pos, neg: give them in this order"
+    ):
         load_model(path, "float32", ("neg", "pos"))
     model, _ = load_model(path, "float32", ("pos", "neg"))
     assert torch.equal(model.classifier.weight, load_file(path / "model.safetensors")["classifier.weight"])
     config = dataclasses.replace(CONFIG, steps=2)
-    result = race([Arm("one", upper_half(model), kernels=True)], path, train_file, eval_file, config, tmp_path / "race")
+    result = race(
+        [Arm("one", upper_half(model), kernels=True)], path, train_file, eval_file, config, tmp_path / "race"
+    )
     assert result.arms[0].training.classes == ("pos", "neg")
 
 

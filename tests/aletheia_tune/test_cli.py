@@ -729,7 +729,9 @@ def test_bad_probe_settings(refuses, given, tmp_path, changes, says):
 
 def test_the_published_probe_takes_no_batches(refuses, given, tmp_path):
     values = {"--model": given["--model"], "--train": given["--train"], "--out": tmp_path / "new.json"}
-    refuses("probe", *options(values, batches=20), "--faithful", says=("--batches does nothing with --faithful",))
+    refuses(
+        "probe", *options(values, batches=20), "--faithful", says=("--batches does nothing with --faithful",)
+    )
 
 
 def test_no_output_in_the_place_of_an_input(refuses, given, plan_file, scores_file, tmp_path):

@@ -125,11 +125,15 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
 
 def test_what_another_put_there_meanwhile_stays(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(UserError, match=r"was taken while this ran .* is in .*out\.finished-"):
+
+    def write_while_another_does() -> None:
         with files.output_directory(target) as directory:
             (directory / "mine").write_text("mine")
             target.mkdir()
             (target / "theirs").write_text("theirs")
+
+    with pytest.raises(UserError, match=r"was taken while this ran .* is in .*out\.finished-"):
+        write_while_another_does()
     assert (target / "theirs").read_text() == "theirs"
     (finished,) = tmp_path.glob("out.finished-*")
     assert (finished / "mine").read_text() == "mine"

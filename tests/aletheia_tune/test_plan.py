@@ -470,7 +470,9 @@ def test_any_choice_of_layers_and_ranks_is_what_peft_gives(chosen, data):
 
 def test_a_plan_for_a_model_of_another_depth_is_refused():
     plan = make_plan(scores(1.0, 3.0, 2.0), layers=67)
-    with pytest.raises(UserError, match="the plan is for 3 layers and the model has 4: make it with this model"):
+    with pytest.raises(
+        UserError, match="the plan is for 3 layers and the model has 4: make it with this model"
+    ):
         plan.to_lora_config(llama(4))
 
 
