@@ -794,14 +794,12 @@ def race(
     """
     from rich.console import Console
 
-    from aletheia_tune import files, worth
+    from aletheia_tune import worth
     from aletheia_tune.referee import VERDICT, read_task, referee
     from aletheia_tune.report import write_verdict
 
     tariff = worth.Tariff(price_per_hour, watts)
-    task = read_task(task_file)
-    files.check_apart(out, task_file, task.model, task.train, task.eval, task.other_text)
-    verdict = referee(task, out, overwrite=overwrite)
+    verdict = referee(read_task(task_file), out, overwrite=overwrite)
     page = out / "report.html"
     command = shlex.join(ctx.meta[_COMMAND])
     write_verdict(page, verdict, commands=[command], tariff=tariff, overwrite=True)

@@ -476,7 +476,7 @@ def referee(
         overwrite: begin anew in a directory that holds another task's runs.
 
     Raises:
-        UserError: the directory holds something else; an arm's best rate cannot be bracketed; an arm's error.
+        UserError: the directory holds something else, or lies above a file of the task; an arm's best rate cannot be bracketed; an arm's error.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     directory = _resume(task, Path(out), overwrite)
@@ -723,6 +723,7 @@ class _Runs:
 
 def _resume(task: RaceTask, out: Path, overwrite: bool) -> Path:
     """The directory with this task's runs, made when it is not there."""
+    files.check_apart(out, task.model, task.train, task.eval, task.other_text)
     state = {"format": "aletheia-referee", "version": 1, "task": task.name, "digest": task.digest()}
     text = json.dumps(state, indent=1) + "\n"
     file = out / STATE

@@ -93,6 +93,13 @@ def test_a_miniature_race(task_file, tmp_path):
     assert runs == {path: path.stat().st_mtime_ns for path in out.glob("*/race.json")}
 
 
+def test_a_directory_above_the_tasks_own_files_is_refused(task_file):
+    before = sorted(task_file.parent.rglob("*"))
+    with pytest.raises(UserError, match="would replace"):
+        referee(read_task(task_file), task_file.parent, progress=False, overwrite=True)
+    assert sorted(task_file.parent.rglob("*")) == before
+
+
 def test_of_rates_as_good_as_each_other_the_lowest_is_chosen():
     best_rate = referee_module._best_rate
     assert best_rate({1e-3: 0.80, 2e-3: 0.7304, 4e-3: 0.73}) == 2e-3
