@@ -476,7 +476,8 @@ def referee(
         overwrite: begin anew in a directory that holds another task's runs.
 
     Raises:
-        UserError: the directory holds something else, or lies above a file of the task; an arm's best rate cannot be bracketed; an arm's error.
+        UserError: the directory holds something else, or lies above a file of the task; an arm's best rate cannot be
+            bracketed; an arm's error.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     directory = _resume(task, Path(out), overwrite)
