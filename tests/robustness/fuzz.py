@@ -172,8 +172,10 @@ def targets(directory: Path) -> list[Target]:
     for path in sorted((ROOT / "benchmarks" / "studies" / "tasks").glob("*.toml")):
         paths = rb'\b(model|train|eval|other_text|calibration) = "[^"]*"'
         tasks.append(re.sub(paths, rb'\1 = "\1"', path.read_bytes()))
-    for name in ("model", "train", "eval", "other_text", "calibration"):
-        (directory / name).mkdir()
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").touch()
+    for name in ("train", "eval", "other_text", "calibration"):
+        (directory / name).touch()
     store_path = directory / "store"
 
     def read_labelled(path: Path) -> None:
