@@ -447,7 +447,7 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
 
 
 class _Turns(TrainerCallback):
-    """Before every slice of steps hands the baton on and waits for it; the wait is in no step's time."""
+    """Before every slice of steps, if there are several, hands the baton on and waits for it; no step's time has the wait."""
 
     def __init__(self, pipe: Connection, slice_steps: int) -> None:
         self.pipe = pipe
@@ -455,7 +455,8 @@ class _Turns(TrainerCallback):
         self.loss = math.nan
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.slice_steps == 0:
+        # An arm of one turn keeps the baton from its start: of such arms no two models are in memory at once.
+        if state.global_step % self.slice_steps == 0 and self.slice_steps < state.max_steps:
             self.pipe.send(("turn", state.global_step, state.max_steps, self.loss))
             self.pipe.recv()
 

@@ -135,6 +135,16 @@ def test_the_baton_goes_on_before_every_slice():
     assert pipe.talk[4] == ("turn", 2, 5, 1.0)
 
 
+def test_an_arm_of_one_turn_keeps_the_baton_that_it_was_started_with():
+    from types import SimpleNamespace
+
+    pipe = Pipe()
+    turns = race_module._Turns(pipe, slice_steps=5)
+    for step in range(5):
+        turns.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=5), None)
+    assert pipe.talk == []
+
+
 def test_only_one_arm_holds_the_baton(monkeypatch):
     log: list[tuple[str, str]] = []
 
