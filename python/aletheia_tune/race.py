@@ -447,7 +447,7 @@ def _compete(task: _Task, pipe: Connection) -> dict[str, Any]:
 
 
 class _Turns(TrainerCallback):
-    """Before every slice of steps, if there are several, hands the baton on and waits for it; no step's time has the wait."""
+    """Before every slice of steps, if there are several, hands the baton on and waits, which is in no step's time."""
 
     def __init__(self, pipe: Connection, slice_steps: int) -> None:
         self.pipe = pipe
