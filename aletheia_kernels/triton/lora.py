@@ -48,6 +48,7 @@ from aletheia_kernels.triton.siblings import (
     picked,
     rows_of,
     unit_of,
+    unit_of_adapters,
     with_unit_columns,
 )
 
@@ -361,11 +362,6 @@ def _odd(*numbers: int) -> bool:
     return any(number % 16 for number in numbers)
 
 
-def _unit(ranks: Sequence[int], lora_Bs: Sequence[Tensor]) -> int:
-    """What divides every rank and row stride of B; of rank 0 nothing is read, whatever its stride."""
-    return unit_of(*ranks, *(b.stride(0) for b, rank in zip(lora_Bs, ranks, strict=True) if rank))
-
-
 def shrink(x: Tensor, lora_As: Sequence[Tensor], dropout_p: float, seed: Tensor | None) -> Tensor:
     """h [T, R] in float32 = dropout(x) Aᵀ, for x [T, in] with unit columns and A the lora_As [r_i, in] stacked."""
     tokens, features = x.shape
@@ -446,7 +442,7 @@ def expand(h: Tensor, lora_Bs: Sequence[Tensor], scalings: Sequence[float], ys: 
         return
     lora_Bs = adapters(lora_Bs, ys[0].dtype)
     outs, ranks = tuple(b.shape[0] for b in lora_Bs), tuple(b.shape[1] for b in lora_Bs)
-    unit = _unit(ranks, lora_Bs)
+    unit = unit_of_adapters(lora_Bs)
     tile, options = choose(
         "expand",
         card_for(h),
@@ -495,7 +491,7 @@ def _dy_pass(
     tokens = h.shape[0]
     lora_Bs = adapters(lora_Bs, dys[0].dtype)
     outs, ranks = tuple(b.shape[0] for b in lora_Bs), tuple(b.shape[1] for b in lora_Bs)
-    unit = _unit(ranks, lora_Bs)
+    unit = unit_of_adapters(lora_Bs)
     tile, options = choose(
         "dy",
         card_for(h),

@@ -30,7 +30,7 @@ from aletheia_kernels.triton.siblings import (
     multiple,
     picked,
     rows_of,
-    unit_of,
+    unit_of_adapters,
 )
 
 # Row blocks that a weight tile serves before the next: x of so many stays in the cache meanwhile.
@@ -198,7 +198,7 @@ def fused_forward(
             **{name: blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
             "BLOCK_R": min(max(triton.next_power_of_2(max(ranks)), 16), 32),
             "GROUP": GROUP,
-            "UNIT": unit_of(*ranks, *(b.stride(0) for b in lora_Bs if b.shape[1])),
+            "UNIT": unit_of_adapters(lora_Bs),
             "INTERPRETED": interpreted(),
         },
         Options(blocks["num_warps"], blocks["num_stages"]),

@@ -116,6 +116,11 @@ def unit_of(*numbers: int) -> int:
     return math.gcd(16, *numbers)
 
 
+def unit_of_adapters(lora_Bs: Sequence[Tensor]) -> int:
+    """:func:`unit_of` every rank and row stride of B; of rank 0 nothing is read, whatever its stride."""
+    return unit_of(*(number for b in lora_Bs if b.shape[1] for number in (b.shape[1], b.stride(0))))
+
+
 def rows_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """The row stride of every tensor, in elements."""
     return tuple(t.stride(0) for t in tensors)

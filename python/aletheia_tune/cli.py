@@ -294,12 +294,12 @@ def probe(
 
     files.check_output(out, overwrite, directory=False)
     files.check_apart(out, model, train)
-    fields = _fields(prompt_field, completion_field, text_field, messages_field)
-    classes = _classes(model, train, fields)
     if faithful:
         _goes_without(ctx, "--faithful", "batches", "batch_size")
     if method is not Method.cka:
         _goes_without(ctx, f"--method {method.value}", "pooling")
+    fields = _fields(prompt_field, completion_field, text_field, messages_field)
+    classes = _classes(model, train, fields)
     if faithful and classes is not None:
         raise UserError("--faithful is the published probe of language models: leave it out for a classifier")
     loaded, tokenizer = _model(model, dtype, classes, seed)

@@ -79,7 +79,9 @@ def check_apart(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | 
         if given is not None:
             place = _resolve(given)
             if target == place or target in place.parents:
-                raise UserError(f"output {path} would replace {given}, which is read: choose another output")
+                raise UserError(
+                    f"output {path} would replace {given}, which this command needs: choose another output"
+                )
 
 
 def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> None:

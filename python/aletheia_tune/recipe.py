@@ -12,7 +12,7 @@ from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import find_layers, positions_of
-from aletheia_tune.number_types import is_finite, is_whole
+from aletheia_tune.number_types import check_kinds, is_finite
 from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
 from aletheia_tune.probe import METHODS, probe
 from aletheia_tune.scores.cka import Pooling
@@ -65,14 +65,12 @@ class Recipe:
     pooling: Pooling = "last"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("rank", "probe_batches", "probe_batch_size"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise UserError(f"{name} is {value!r}: give a whole number of 1 or more")
-        for name in ("layers", "full", "alpha", "sampled_depth"):
-            value = getattr(self, name)
-            if value is not None and not is_finite(value):
-                raise UserError(f"{name} is {value!r}: give a number")
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give a whole number of 1 or more")
+        if self.alpha is not None and not is_finite(self.alpha):
+            raise UserError(f"alpha is {self.alpha}: give a finite number")
         if self.ranks not in get_args(Ranks):
             raise UserError(f"ranks {self.ranks!r} is unknown: choose one of {', '.join(get_args(Ranks))}")
         known = (UNIFORM, *CONTROLS, *METHODS)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from aletheia_tune.environment import known_dtype
 from aletheia_tune.errors import UserError
-from aletheia_tune.number_types import is_whole
+from aletheia_tune.number_types import check_kinds
 from aletheia_tune.sampled_depth import check_odds
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -24,28 +24,6 @@ FREE_SETTINGS = (
     "threads",
     "progress",
 )
-
-
-# Fields by the kind of their values, which TOML and callers may get wrong; None where a field allows it.
-_WHOLE = (
-    "steps", "batch_size", "gradient_accumulation", "seed", "max_length", "eval_every", "eval_batch_size",
-    "checkpoint_every", "threads",
-)  # fmt: skip
-_REAL = (
-    "epochs", "learning_rate", "lora_plus", "full_rate", "warmup", "label_smoothing", "prefix_cache_gb",
-    "shrink_after", "shrink_to",
-)  # fmt: skip
-_SWITCHES = (
-    "group_by_length", "packing", "kernels", "gradient_checkpointing", "reweight_depth", "progress",
-)  # fmt: skip
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -133,15 +111,7 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for names, fits, kind in (
-            (_WHOLE, is_whole, "a whole number"),
-            (_REAL, _is_real, "a number"),
-            (_SWITCHES, _is_switch, "true or false"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise UserError(f"{name} is {value!r}: give {kind}")
+        check_kinds(self)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: give a whole number from 0 to {2**32 - 1}")
         if self.steps is not None and self.epochs is not None:
