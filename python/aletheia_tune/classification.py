@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
-from aletheia_tune.data import pad_token_id
+from aletheia_tune.data import Fields, class_names, pad_token_id
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model, full_modules, positions_of
 
@@ -65,6 +65,14 @@ def in_order_of(model_dir: str | os.PathLike[str], classes: Sequence[str]) -> tu
     """The classes as a checkpoint's head numbers them, where it names the same ones; otherwise as they are."""
     known = _names_in(str(model_dir))
     return known if sorted(known) == sorted(classes) else tuple(classes)
+
+
+def numbered_classes(
+    model_dir: str | os.PathLike[str], source: str | os.PathLike[str], fields: Fields | None = None
+) -> tuple[str, ...] | None:
+    """`data.class_names` of the data, in the order of `in_order_of`; None where there is nothing to classify."""
+    found = class_names(source, fields)
+    return None if found is None else in_order_of(model_dir, found)
 
 
 def _names_in(source: str) -> tuple[str, ...]:

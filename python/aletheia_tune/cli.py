@@ -913,15 +913,9 @@ def _fields(
 
 
 def _classes(model: Path, train: Path, fields: Fields | None) -> tuple[str, ...] | None:
-    """The classes of texts to classify, numbered as the model's own head numbers them if it has one for them."""
-    from aletheia_tune.data import class_names
+    from aletheia_tune.classification import numbered_classes
 
-    found = class_names(train, fields)
-    if found is None:
-        return None
-    from aletheia_tune.classification import in_order_of
-
-    return in_order_of(model, found)
+    return numbered_classes(model, train, fields)
 
 
 def _model(
@@ -991,11 +985,9 @@ def _whole(text: str) -> int:
 
 
 def _read(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cannot read the {what} file {path}: {reason}") from None
+    from aletheia_tune import files
+
+    return files.read_text(path, what)
 
 
 def main() -> None:

@@ -84,6 +84,23 @@ def check_apart(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | 
                 )
 
 
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The text of a file that the user named.
+
+    Args:
+        path: the file, in UTF-8.
+        what: it is, for the message.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"cannot read the {what} file {path}: {reason}") from None
+
+
 def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> None:
     """`write_bytes` of ``text`` in UTF-8."""
     write_bytes(path, text.encode("utf-8"), overwrite)

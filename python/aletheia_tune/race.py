@@ -30,8 +30,8 @@ from transformers import TrainerCallback
 
 from aletheia_kernels import tune_allocator
 from aletheia_tune import files
-from aletheia_tune.classification import in_order_of
-from aletheia_tune.data import Collator, Example, Fields, class_names, load_examples, pad_token_id
+from aletheia_tune.classification import numbered_classes
+from aletheia_tune.data import Collator, Example, Fields, load_examples, pad_token_id
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.evaluation import held_out_loss
 from aletheia_tune.layers import positions_of
@@ -296,9 +296,7 @@ def race(
         raise UserError(f"arms need different names that can be directory names, got {names}")
     if slice_steps < 1:
         raise UserError(f"slice is {slice_steps} steps: it must be at least 1")
-    classes = class_names(train_path, fields)
-    if classes is not None:
-        classes = in_order_of(model_dir, classes)
+    classes = numbered_classes(model_dir, train_path, fields)
     if classes is not None and extra_text is not None:
         raise UserError("a classifier has no perplexity: leave the other text out")
     with files.output_directory(out, overwrite) as directory:

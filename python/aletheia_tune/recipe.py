@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from aletheia_tune import files
 from aletheia_tune.cost import Calibration
 from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.depth_odds import depth_odds
@@ -158,11 +158,7 @@ class Recipe:
         """
         if self.calibration is None or self.sampled_depth is None:
             return None, 0.0
-        try:
-            prices = Calibration.from_json(Path(self.calibration).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(f"cannot read the calibration file {self.calibration}: {reason}") from None
+        prices = Calibration.from_json(files.read_text(self.calibration, "calibration"))
         found = depth_odds(plan, prices, self.sampled_depth / 100)
         seconds = prices.meta.get("seconds")
         if not isinstance(seconds, int | float):

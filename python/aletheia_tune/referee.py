@@ -660,10 +660,7 @@ class _Runs:
         self.directory = directory
         self.console = console
         self.progress = progress
-        try:
-            self.text = None if task.other_text is None else Path(task.other_text).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"cannot read other_text {task.other_text}: not UTF-8 text") from None
+        self.text = None if task.other_text is None else files.read_text(task.other_text, "other_text")
 
     def race(self, name: str, arms: Sequence[Arm], *, forgetting: bool = True) -> RaceResult:
         place = self.directory / f"{name}-{_digest(arms)}"
