@@ -201,16 +201,18 @@ class PackedB {
   static constexpr int64_t kUnit = kMaxPanels * kLanes;  // columns
 
   Panels panels() const { return {data_.data(), stride_, inner_, outer_}; }
-  // Those of a window's columns, which start with a unit.
+  // Those of a window's columns, which start with a panel.
   Panels panels(Window& window) const {
     if (when_ == When::kBefore) return {data_.data() + window.first / kLanes * stride_, stride_, inner_, window.count};
     uint16_t* const packed = window.take(unit_elements());
-    pack(window.first / kUnit, packed);
+    pack(window.first, window.first + window.count, packed);
     return {packed, stride_, inner_, window.count};
   }
   int64_t unit_elements() const { return kMaxPanels * stride_; }
   int64_t units() const { return when_ == When::kBefore ? (outer_ + kUnit - 1) / kUnit : 0; }
-  void pack(int64_t unit) const { pack(unit, data_.data() + unit * unit_elements()); }
+  void pack(int64_t unit) const {
+    pack(unit * kUnit, std::min(outer_, (unit + 1) * kUnit), data_.data() + unit * unit_elements());
+  }
 
  private:
   static constexpr Lead kLead{16, 0};  // weights come from memory, and lines a row apart from no hardware prefetch
@@ -220,8 +222,7 @@ class PackedB {
     rows.append(t);
     return rows;
   }
-  void pack(int64_t unit, uint16_t* target) const {
-    const int64_t first = unit * kUnit, end = std::min(outer_, first + kUnit);
+  void pack(int64_t first, int64_t end, uint16_t* target) const {
     if (as_ == Packing::kRows) return interleave<Order::kColumns>(source_, first, end, padded_, target, stride_, kLead);
     for (int64_t column = first; column < end; column += kLanes, target += stride_) pack_columns(column, target);
   }
@@ -260,25 +261,32 @@ inline void pack_all(const std::vector<const PackedB*>& jobs) {
 // A packed weight that does not stay in cache costs three passes over memory beside its product, as much as 80 rows of
 // it: read, written, and read again by every thread. By units, which threads take in turn, it is read once; rows then come
 // from third-level cache for every unit, which does not pay where they are many and the weight is small. Measured on two
-// cores (AMD, AVX512-BF16): a third less time at 32 rows, a tenth at 512 rows of a wide weight, nothing at 2,048. Tiles
-// take rows that are in second-level cache, and read them anew for every two panels.
+// cores (AMD, AVX512-BF16): a third less time at 32 rows, a tenth at 512 rows of a wide weight and nothing at 2,048,
+// a tenth more at 2,048 rows of a small one. Tiles take rows that are in second-level cache, and read them anew for every
+// two panels.
 inline When when_to_pack(int64_t rows, int64_t columns, int64_t elements) {
-  constexpr int64_t kFewRows = 256, kManyRows = 2048, kManyElements = 1 << 21;
+  constexpr int64_t kFewRows = 256, kManyRows = 1536, kManyElements = 1 << 21;
   const bool pays = rows <= kFewRows || (rows <= kManyRows && elements >= kManyElements);
   const bool busy = columns >= at::get_num_threads() * PackedB::kUnit;
   return !tile_registers_in_use() && pays && busy ? When::kByUnit : When::kBefore;
 }
 
-// body(window) for every unit of the columns; each thread has memory for so many elements of packed weights.
+// body(window) for every unit of the columns, the last few shared out panel by panel so that every thread has as many;
+// each thread has memory for so many elements of packed weights.
 template <typename Body>
 void each_window(int64_t outer, int64_t elements, Body body) {
-  const int64_t units = (outer + PackedB::kUnit - 1) / PackedB::kUnit;
+  const int64_t threads = at::get_num_threads(), panels = (outer + kLanes - 1) / kLanes;
+  const int64_t whole = panels / (kMaxPanels * threads) * threads, left = panels - whole * kMaxPanels;
+  const auto start = [=](int64_t unit) {
+    return unit <= whole ? unit * kMaxPanels : whole * kMaxPanels + left * (unit - whole) / threads;
+  };
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(units, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const Scratch<uint16_t> memory(elements);
-    for (int64_t unit; (unit = next.fetch_add(1)) < units;) {
-      const int64_t first = unit * PackedB::kUnit;
-      Window window(first, std::min(PackedB::kUnit, outer - first), memory.data());
+    for (int64_t unit; (unit = next.fetch_add(1)) < whole + threads;) {
+      const int64_t first = start(unit) * kLanes, end = std::min(start(unit + 1) * kLanes, outer);
+      if (first == end) continue;
+      Window window(first, end - first, memory.data());
       body(window);
     }
   });
@@ -305,8 +313,10 @@ __attribute__((noinline)) void tile(
     const Stretch* begin, const Stretch* end, int64_t row, int64_t panel, const float* start, const float* before,
     float* after) {
   __m512 sum[kRows][kPanels];
+#pragma GCC unroll 4
   for (int p = 0; p < kPanels; ++p) {
     const __m512 first = start ? _mm512_loadu_ps(start + (panel + p) * kLanes) : _mm512_setzero_ps();
+#pragma GCC unroll 12
     for (int m = 0; m < kRows; ++m)
       sum[m][p] = before ? _mm512_load_ps(before + (m * kMaxPanels + p) * kLanes) : first;
   }
@@ -393,7 +403,8 @@ struct VectorStrips {
   template <typename Between>
   void sum(
       const Stretch* begin, const Stretch* end, int64_t row, int64_t rows, int64_t panel, int64_t panels,
-      const float* start, const float* before, float* after, Between&&) {
+      const float* start, const float* before, float* after, Between&& between) {
+    between.fetch();
     tile_of(panels, rows)(begin, end, row, panel, start, before, after);
     ahead.fetch();
   }
@@ -572,6 +583,13 @@ struct Leaving {
     (*epilogue)(row, column, columns, sums);
     ++row;
     sums += kStride;
+  }
+  // Every line of what the strip in the making will read and write, at once.
+  void fetch() {
+    constexpr int64_t kLine = 2 * kLanes;
+    if constexpr (Fetches<Epilogue>)
+      for (; coming < coming_end; ++coming)
+        for (int64_t at = 0; at < kStride; at += kLine) epilogue->fetch(coming, coming_column + at);
   }
   __attribute__((always_inline)) void operator()() {
     if constexpr (Fetches<Epilogue>)

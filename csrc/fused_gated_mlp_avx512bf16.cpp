@@ -47,7 +47,10 @@ struct IntoUpAndProduct {
   bf16 *up, *product;
   int64_t width;
 
-  void fetch(int64_t row, int64_t column) const { fetch_to_write(up + row * width + column); }
+  void fetch(int64_t row, int64_t column) const {
+    _mm_prefetch(gate + row * width + column, _MM_HINT_T0);
+    fetch_to_write(up + row * width + column);
+  }
   __attribute__((always_inline)) void operator()(int64_t row, int64_t column, int64_t count, const float* sums) const {
     for (int64_t k = 0; k < count; k += kLanes) {
       const int64_t at = row * width + column + k;
