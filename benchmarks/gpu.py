@@ -1,14 +1,17 @@
-"""The LoRA group on this card, forward and backward, beside PEFT, PEFT compiled, and the vendor library's products.
+"""The LoRA group on this card, forward and backward, beside every form of PEFT and the vendor library's products.
 
     python benchmarks/gpu.py [--json runs/gpu.json]
 
-Outputs and gradients of all must agree before any is timed. Without a card it says so and times nothing.
+PEFT takes part with float32 and with bfloat16 adapters, eager and compiled. Outputs and gradients of all must agree
+before any is timed; then the arms take turns, a few tens of milliseconds each, so that a card that slows down does so
+for all. Without a card it says so and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,27 +29,34 @@ from benchmarks.adapted import RANKS, Siblings
 from benchmarks.agreement import assert_agree
 from benchmarks.shapes import CARD_SHAPES
 
-QUANTILES = (0.5, 0.25, 0.75)
+TURNS = 8
+# Milliseconds of one turn.
+WARMUP, TIMED = 10, 40
+
+Step = Callable[[], list[Tensor]]
 
 
 class Group:
-    """Linears of one input with PEFT's adapters, and other ways to compute the same from the same parameters."""
+    """Linears of one input with PEFT's adapters, and other ways to compute the same from the same values."""
 
     def __init__(
         self, tokens: int, width: int, outs: Sequence[int], ranks: Sequence[int], device: torch.device
     ) -> None:
-        self.peft = Siblings(width, outs).with_peft(ranks, torch.float32).to_empty(device=device)
+        self.peft, self.peft_bf16 = (
+            Siblings(width, outs).with_peft(ranks, masters).to_empty(device=device)
+            for masters in (torch.float32, torch.bfloat16)
+        )
         with torch.no_grad():
             for parameter in self.peft.parameters():
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            for rounded, parameter in zip(self.peft_bf16.parameters(), self.peft.parameters(), strict=True):
+                rounded.copy_(parameter)
         layers: list[Any] = [self.peft.get_submodule(name) for name in self.peft.names]
         self.weights = [layer.base_layer.weight for layer in layers]
-        self.lora_As = [layer.lora_A["default"].weight for layer in layers]
-        self.lora_Bs = [layer.lora_B["default"].weight for layer in layers]
+        self.lora_As, self.lora_Bs = factors_of(self.peft)
         self.scalings = [layer.scaling["default"] for layer in layers]
         self.x = torch.randn(tokens, width, device=device).bfloat16().requires_grad_()
         self.dys = [torch.randn(tokens, out, device=device).bfloat16() for out in outs]
-        self.leaves = [self.x, *self.lora_As, *self.lora_Bs]
 
     def ours(self, x: Tensor) -> list[Tensor]:
         return lora_group(
@@ -62,18 +72,48 @@ class Group:
             ys.append(torch.addmm(linear(x, weight), h, lora_B.to(x.dtype).T, alpha=scaling))
         return ys
 
-    def arms(self) -> dict[str, Callable[[Tensor], list[Tensor]]]:
+    def steps(self, compiler: str = "inductor") -> dict[str, Step]:
+        """A forward and a backward pass of each arm: outputs, gradients of the input and of the adapters."""
+        rounded_As, rounded_Bs = factors_of(self.peft_bf16)
+        rounded = [self.x, *rounded_As, *rounded_Bs]
+        masters = [self.x, *self.lora_As, *self.lora_Bs]
+
+        def step(forward: Callable[[Tensor], list[Tensor]], leaves: list[Tensor]) -> Step:
+            def run() -> list[Tensor]:
+                outputs = forward(self.x)
+                return [*outputs, *torch.autograd.grad(outputs, leaves, self.dys)]
+
+            return run
+
+        def compiled(module: nn.Module) -> Any:
+            return torch.compile(module, dynamic=False, fullgraph=True, backend=compiler)
+
         return {
-            "ours": self.ours,
-            "PEFT eager": self.peft,
-            "PEFT compiled": torch.compile(self.peft, dynamic=False, fullgraph=True),
-            "vendor library": self.composed,
+            "ours": step(self.ours, masters),
+            "PEFT fp32": step(self.peft, masters),
+            "PEFT bf16": step(self.peft_bf16, rounded),
+            "PEFT fp32 compiled": step(compiled(self.peft), masters),
+            "PEFT bf16 compiled": step(compiled(self.peft_bf16), rounded),
+            "vendor library": step(self.composed, masters),
         }
 
-    def step(self, arm: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Outputs, and gradients of the input and the adapters."""
-        outputs = arm(self.x)
-        return [*outputs, *torch.autograd.grad(outputs, self.leaves, self.dys)]
+
+def factors_of(module: Siblings) -> tuple[list[Tensor], list[Tensor]]:
+    """Every linear's A, and every linear's B."""
+    layers: list[Any] = [module.get_submodule(name) for name in module.names]
+    return (
+        [layer.lora_A["default"].weight for layer in layers],
+        [layer.lora_B["default"].weight for layer in layers],
+    )
+
+
+def time_in_turns(steps: dict[str, Step], time: Callable[[Step], list[float]]) -> dict[str, list[float]]:
+    """What ``time`` measures of each step, turn after turn, every step once a turn."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(TURNS):
+        for name, step in steps.items():
+            found[name] += time(step)
+    return found
 
 
 def time_group(group: Group) -> dict[str, tuple[float, float, float]]:
@@ -82,14 +122,16 @@ def time_group(group: Group) -> dict[str, tuple[float, float, float]]:
 
     # Otherwise the compiler gives up on this function after eight shapes, and runs it eagerly.
     torch.compiler.reset()
-    arms = group.arms()
-    expected = group.step(arms["PEFT eager"])
-    for arm in arms.values():
-        assert_agree(group.step(arm), expected)
-    return {
-        name: do_bench(lambda arm=arm: group.step(arm), warmup=50, rep=300, quantiles=QUANTILES)
-        for name, arm in arms.items()
-    }
+    steps = group.steps()
+    expected = steps["PEFT fp32"]()
+    for step in steps.values():
+        assert_agree(step(), expected)
+    times = time_in_turns(steps, lambda step: do_bench(step, warmup=WARMUP, rep=TIMED, return_mode="all"))
+    found = {}
+    for name, milliseconds in times.items():
+        low, median, high = statistics.quantiles(milliseconds, n=4)
+        found[name] = (median, low, high)
+    return found
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""What measurements on this card chose: one JSON file a card, kept between runs.
+"""What measurements on this card chose: one JSON file a card and version of Triton, kept between runs.
 
-It lies in ``$ALETHEIA_CACHE/triton``, or in ``~/.cache/aletheia-kernels/triton``, under the card's own name, since two
-cards of one architecture may choose differently. Where nothing was measured, nothing is chosen.
+It lies in ``$ALETHEIA_CACHE/triton/VERSION``, or in ``~/.cache/aletheia-kernels/triton/VERSION``, under the card's own
+name, since two cards of one architecture may choose differently, and so may two compilers for one card. Where nothing
+was measured, nothing is chosen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 
 def card_name(device: torch.device) -> str:
@@ -32,11 +34,11 @@ def _name_of_index(index: int) -> str:
 
 
 def path(card: str) -> Path:
-    """The file of the card with this name."""
+    """The file of the card with this name, for the Triton that is imported."""
     root = os.environ.get("ALETHEIA_CACHE") or os.path.join(
         os.path.expanduser("~"), ".cache", "aletheia-kernels"
     )
-    return Path(root) / "triton" / f"{card}.json"
+    return Path(root) / "triton" / triton.__version__ / f"{card}.json"
 
 
 def choice(card: str, key: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Choices are kept a card, added to, and never read from a file that holds something else."""
+"""Choices are kept a card and version of Triton, added to, and never read from a file that holds something else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from aletheia_kernels.triton import tuned
 
@@ -23,18 +24,24 @@ def test_what_was_saved_is_chosen_on_that_card_alone():
     assert tuned.choice("that", "call") is None
 
 
+def test_another_compiler_measures_anew(monkeypatch):
+    tuned.save("this", {"call": {"BLOCK_M": 64}})
+    monkeypatch.setattr(triton, "__version__", "0.0.0")
+    assert tuned.choice("this", "call") is None
+
+
 def test_a_later_measurement_replaces_its_own_key_and_no_other():
     tuned.save("this", {"a": {"n": 1}, "b": {"n": 2}})
     tuned.save("this", {"b": {"n": 3}})
     assert [tuned.choice("this", key) for key in "ab"] == [{"n": 1}, {"n": 3}]
 
 
-def test_nothing_but_the_file_is_left(tmp_path):
+def test_nothing_but_the_file_is_left():
     tuned.save("this", {"a": {}})
-    assert [path.name for path in (tmp_path / "triton").iterdir()] == ["this.json"]
+    assert [path.name for path in tuned.path("this").parent.iterdir()] == ["this.json"]
     with pytest.raises(TypeError):
         tuned.save("this", {"a": {"n": object()}})
-    assert [path.name for path in (tmp_path / "triton").iterdir()] == ["this.json"]
+    assert [path.name for path in tuned.path("this").parent.iterdir()] == ["this.json"]
     assert tuned.choice("this", "a") == {}
 
 
