@@ -24,7 +24,8 @@ from aletheia_tune.environment import machine_facts
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGE = HERE.parents[1] / "docs" / "studies.md"
+ROOT = HERE.parents[1]
+PAGE = ROOT / "docs" / "studies.md"
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -40,7 +41,7 @@ Verdict = dict[str, Any]
 def keep(run: Path) -> Path:
     """Copies a task's verdict, a single race, or the search of rates of a task that has none yet, to the results.
 
-    The report of each patched module is left out.
+    The report of each patched module is left out, and of paths what only this machine has.
     """
     found = [path for path in (run / "verdict.json", run / "race.json") if path.is_file()]
     if found:
@@ -62,6 +63,8 @@ def keep(run: Path) -> Path:
         else [content]
     )
     for race in races:
+        for meta in (race["meta"], *(arm["plan"]["meta"] for arm in race["arms"])):
+            meta.update({what: from_root(meta[what]) for what in ("model", "train", "eval") if what in meta})
         for arm in race["arms"]:
             if arm["training"]["patch_report"]:
                 summary = arm["training"]["patch_report"]["summary"]
@@ -69,6 +72,12 @@ def keep(run: Path) -> Path:
     place = RESULTS / f"{run.name}.json"
     place.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     return place
+
+
+def from_root(path: str) -> str:
+    """The path from the root of this checkout; the name alone of what lies outside."""
+    place = Path(os.path.abspath(path))
+    return place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else place.name
 
 
 def interval(values: Sequence[float]) -> str:
