@@ -51,7 +51,7 @@ class Group:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             for rounded, parameter in zip(self.peft_bf16.parameters(), self.peft.parameters(), strict=True):
                 rounded.copy_(parameter)
-        layers: list[Any] = [self.peft.get_submodule(name) for name in self.peft.names]
+        layers = layers_of(self.peft)
         self.weights = [layer.base_layer.weight for layer in layers]
         self.lora_As, self.lora_Bs = factors_of(self.peft)
         self.scalings = [layer.scaling["default"] for layer in layers]
@@ -98,9 +98,14 @@ class Group:
         }
 
 
+def layers_of(module: Siblings) -> list[Any]:
+    """PEFT's layers in the order of the linears."""
+    return [module.get_submodule(name) for name in module.names]
+
+
 def factors_of(module: Siblings) -> tuple[list[Tensor], list[Tensor]]:
     """Every linear's A, and every linear's B."""
-    layers: list[Any] = [module.get_submodule(name) for name in module.names]
+    layers = layers_of(module)
     return (
         [layer.lora_A["default"].weight for layer in layers],
         [layer.lora_B["default"].weight for layer in layers],

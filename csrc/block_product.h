@@ -584,20 +584,16 @@ struct Leaving {
     ++row;
     sums += kStride;
   }
-  // Every line of what the strip in the making will read and write, at once.
-  void fetch() {
+  // Every line of what the next rows of the strip in the making will read and write.
+  __attribute__((always_inline)) void fetch(int64_t rows) {
     constexpr int64_t kLine = 2 * kLanes;
     if constexpr (Fetches<Epilogue>)
-      for (; coming < coming_end; ++coming)
+      for (const int64_t until = coming + rows; coming < until; ++coming)
         for (int64_t at = 0; at < kStride; at += kLine) epilogue->fetch(coming, coming_column + at);
   }
+  void fetch() { fetch(coming_end - coming); }
   __attribute__((always_inline)) void operator()() {
-    if constexpr (Fetches<Epilogue>)
-      if (coming < coming_end) {
-        epilogue->fetch(coming, coming_column);
-        epilogue->fetch(coming + 1, coming_column);
-        coming += 2;
-      }
+    if (coming < coming_end) fetch(2);
     if (errands) errands->run();
     leave();
   }
