@@ -8,26 +8,8 @@ tiles, where the operands lie, how large they are and which pair they belong to,
 number. Every program writes its sum to a place of its own and a second launch adds those in order, in float64: no
 atomics, and a run repeats bit for bit.
 
-Bytes of the tile form. A card's register files hold about 132 tiles of 128 × 256 (H100), so a gradient is made in
-waves, and every wave reads all tokens of its columns. Device memory is spared where one operand stays in the
-second-level cache. ‖dyᵀ x‖ = ‖xᵀ dy‖, so either may: the *resident* operand is cut into panels of columns that take at
-most two thirds of that cache, and a wave holds all the panel's columns and a few of the *streamed* operand's. Then a
-panel is read once and the streamed operand once a panel, under a cache that drops the least recently used: between two
-uses of a piece of the panel lie the panel and what a wave streams, x 4096 × 4096 and 8 · 128 columns of dy, 32 + 8 MiB
-of an H100's 50. For each of Llama-3.1-8B's projections at 4,096 tokens that is one panel: every byte is read once.
-
-In a list, neighbours that share their x (q, k and v; gate and up) find it in the cache. A wave in which one panel ends
-and another begins wants both; so that it wants few columns of each, tiles are ordered by groups of GROUP blocks of
-streamed columns, within a group column by column of the panel. (One block a group wants all of both panels; eight
-blocks want as much as a wave streams twice, and fall off a cliff in a cache a tenth smaller.) What is left is about
-three quarters of the panel that ends, where the two do not fit together: a layer of Llama-3.1-8B moves 1.13 times what
-its tensors take, Mixtral's attention 1.17 times. A launch of its own for every x would save that, 25 MB or 8 µs of an
-H100, and end a wave half full, some 20 µs of products: it is left. A simulation of waves over such a cache gives these
-figures, and stands among the tests.
-
-Where the cache holds less than it says (an H100's halves may each keep a copy of a line), a panel is read again by
-every wave, about four times the least in all; the product, not memory, still sets the time: 481 GFLOP at 798 TFLOP/s
-take 0.60 ms, 14 passes over 32 MiB and one over 112 MiB at 3 TB/s take 0.20 ms.
+Bytes of the tile form: see :mod:`aletheia_kernels.triton.panels`, which orders the tiles. Where the Gram form serves
+none of a layer's linears, every operand is read nearly once.
 
 Bytes of the Gram form. Programs of one wave walk the features in step, so each wave reads every token once. Where
 there are fewer pairs of blocks than multiprocessors, the features are cut into chunks and partial Gram matrices are
@@ -45,7 +27,6 @@ A last dimension that is not contiguous is copied: a tile reads each operand man
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -53,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aletheia_kernels.reference.grad_norm import GRAM_NOISE_UNITS, GRAM_TOLERANCE
-from aletheia_kernels.triton import interpreted
+from aletheia_kernels.triton import interpreted, panels
 from aletheia_kernels.triton.cards import Card
 from aletheia_kernels.triton.dot import tile_dot
 from aletheia_kernels.triton.launch import Options, Traffic, card_for, launch
@@ -61,7 +42,7 @@ from aletheia_kernels.triton.launch import Options, Traffic, card_for, launch
 # A row of the work list, int64: its first tile; the addresses of two matrices [tokens, columns]; tokens; both matrices'
 # columns; both row strides; the index of the pair. One more row holds the number of all tiles.
 FIELDS = tl.constexpr(9)
-GROUP = tl.constexpr(4)
+GROUP = tl.constexpr(panels.GROUP)
 
 GRAM_COST = 2.0
 MOST_CHUNKS = 8
@@ -364,59 +345,6 @@ def sketch_estimate(estimate, error, partials, blocks, width, BLOCK_M: tl.conste
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of tiles: all column blocks of ``streamed`` by those of ``resident``, a panel of ``whole``."""
-
-    streamed: Tensor
-    resident: Tensor
-    whole: Tensor
-    pair: int
-
-    def reads(self, before: Segment | None, card: Card) -> int:
-        """Bytes of device memory that it reads after the segment before it: see the module's docstring."""
-        streamed = self.streamed.numel() * self.streamed.element_size()
-        panel = self.resident.numel() * self.resident.element_size()
-        if before is None:
-            return streamed + panel
-        held = before.resident
-        if before.whole is self.whole and (held.storage_offset(), held.shape) == (
-            self.resident.storage_offset(),
-            self.resident.shape,
-        ):
-            return streamed
-        ending = held.numel() * held.element_size()
-        return streamed + panel + (ending * 3 // 4 if ending + panel > card.l2_cache else 0)
-
-    def tiles(self, block_a: int, block_b: int) -> int:
-        return triton.cdiv(self.streamed.shape[1], block_a) * triton.cdiv(self.resident.shape[1], block_b)
-
-
-def plan(pairs: Sequence[tuple[Tensor, Tensor]], card: Card, block_b: int) -> list[Segment]:
-    """Which operand of each pair stays in the second-level cache, cut into panels that fit there."""
-    panel_bytes = card.l2_cache * 2 // 3
-
-    def panels(resident: Tensor) -> int:
-        return max(
-            1, triton.cdiv(resident.shape[0] * resident.shape[1] * resident.element_size(), panel_bytes)
-        )
-
-    segments = []
-    for index, (x, dy) in enumerate(pairs):
-        x_stays = x.shape[1] + panels(x) * dy.shape[1] <= dy.shape[1] + panels(dy) * x.shape[1]
-        streamed, resident = (dy, x) if x_stays else (x, dy)
-        width = triton.cdiv(triton.cdiv(resident.shape[1], panels(resident)), block_b) * block_b
-        segments += [
-            Segment(streamed, panel, resident, index) for panel in resident.split(max(width, 1), dim=1)
-        ]
-    return segments
-
-
-def bytes_read(segments: Sequence[Segment], card: Card) -> int:
-    """Bytes that the tile form reads from device memory."""
-    return sum(s.reads(before, card) for before, s in zip([None, *segments], segments, strict=False))
-
-
 def _is_rdna(card: Card) -> bool:
     """A Radeon, whose matrix instructions hold their operands twice and whose registers run out sooner."""
     return card.backend == "hip" and card.warp_size == 32
@@ -573,10 +501,9 @@ def _norms(pairs: Sequence[tuple[Tensor, Tensor]], method: str) -> Tensor:
             return grams
 
     blocks, options = tile_blocks(card, x.element_size(), aligned)
-    segments = plan(pairs, card, blocks["BLOCK_B"])
-    table, tiles = _work_list(
-        [(s.tiles(blocks["BLOCK_A"], blocks["BLOCK_B"]), s.streamed, s.resident, s.pair) for s in segments]
-    )
+    sides = blocks["BLOCK_A"], blocks["BLOCK_B"]
+    segments = panels.plan(pairs, card, *sides)
+    table, tiles = _work_list([(s.tiles, s.streamed, s.resident, s.pair) for s in segments])
     partials = torch.empty(tiles, dtype=torch.float32, device=x.device)
     # A sum that is trusted to the Gram form moves nothing here.
     computed = [s for s in segments if s.pair not in {index for index, _, _ in by_gram}]
@@ -593,7 +520,7 @@ def _norms(pairs: Sequence[tuple[Tensor, Tensor]], method: str) -> Tensor:
             "INTERPRETED": interpreted(),
         },
         options,
-        Traffic(bytes_read(computed, card) + table.nbytes, partials.nbytes, flops),
+        Traffic(panels.bytes_read(computed, card, *sides) + table.nbytes, partials.nbytes, flops),
     )
     out = torch.empty(len(pairs), dtype=torch.float32, device=x.device)
     launch(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from aletheia_kernels import (
     weight_grad_norm_sq_sketch,
     weight_grad_norms_sq,
 )
-from aletheia_kernels.triton import grad_norm
+from aletheia_kernels.triton import grad_norm, panels
 from aletheia_kernels.triton.cards import CARDS, Card
 from aletheia_kernels.triton.launch import recording
 from tests.drawn import DTYPES
@@ -179,7 +181,7 @@ def test_gram_in_chunks_and_whole(device, two_times_rule, dtype, monkeypatch):
 def test_a_panel_that_does_not_fit_the_cache(device, two_times_rule):
     card = Card("sm_90", "cuda", 90, 32, 232_448, l2_cache=3 * 40 * 256)
     x, dy = draw(40, 520, dtype=torch.bfloat16), draw(40, 600, dtype=torch.bfloat16, seed=1)
-    assert len(grad_norm.plan([(x, dy)], card, 256)) > 1
+    assert len(panels.plan([(x, dy)], card, 128, 256)) > 1
     with recording(card):
         ours = weight_grad_norm_sq(x.to(device), dy.to(device), method="tiles")
     two_times_rule("panels", ours, plain_norm(x, dy), exact_norm(x, dy))
@@ -274,17 +276,23 @@ def test_bytes_of_a_layer_are_near_the_least_possible():
     assert moved(recorded) <= 1.15 * sum(distinct.values())
 
 
-def simulated_bytes(segments: list[grad_norm.Segment], card: Card, blocks: dict[str, int]) -> int:
+def simulated_bytes(segments: list[panels.Segment], card: Card, blocks: dict[str, int]) -> int:
     """Bytes from device memory when waves of programs walk the tokens in step over a least-recently-used cache."""
     a, b, step = blocks["BLOCK_A"], blocks["BLOCK_B"], 4 * blocks["BLOCK_T"]
+    # An operand may be streamed for one pair and stay for the next: both divide it into the same pieces.
+    unit = math.gcd(a, b)
     tiles = []
+
+    def pieces_of(tensor: Tensor, first: int, width: int) -> list[tuple[int, int]]:
+        return [(id(tensor), column) for column in range(first // unit, (first + width) // unit)]
+
     for s in segments:
         rows, across = -(-s.streamed.shape[1] // a), -(-s.resident.shape[1] // b)
-        panel = s.resident.storage_offset() // b
-        for first in range(0, rows, grad_norm.GROUP.value):
-            group = range(first, min(first + grad_norm.GROUP.value, rows))
+        panel = s.resident.storage_offset()
+        for first in range(0, rows, panels.GROUP):
+            group = range(first, min(first + panels.GROUP, rows))
             tiles += [
-                ((id(s.streamed), a, row), (id(s.whole), b, panel + column))
+                pieces_of(s.streamed, row * a, a) + pieces_of(s.whole, panel + column * b, b)
                 for column in range(across)
                 for row in group
             ]
@@ -297,7 +305,7 @@ def simulated_bytes(segments: list[grad_norm.Segment], card: Card, blocks: dict[
         )
         for token in range(0, segments[0].streamed.shape[0], step):
             for piece in pieces:
-                key, size = (piece, token), 2 * step * piece[1]
+                key, size = (piece, token), 2 * step * unit
                 if key in held:
                     held.move_to_end(key)
                     continue
@@ -308,12 +316,27 @@ def simulated_bytes(segments: list[grad_norm.Segment], card: Card, blocks: dict[
 
 
 @pytest.mark.parametrize(
-    ("hidden", "keys", "width"), [(2048, 512, 8192), (HIDDEN, KEYS, WIDTH), (8192, 1024, 29568)]
+    ("hidden", "keys", "width"),
+    [(2048, 512, 8192), (3072, 1024, 8192), (HIDDEN, KEYS, WIDTH), (8192, 1024, 29568)],
 )
 def test_bytes_stated_are_those_of_a_cache_in_that_order(hidden, keys, width):
     card = CARDS["sm_90"]
     blocks, _ = grad_norm.tile_blocks(card, 2, aligned=True)
     pairs = list(zip(*layer(hidden, keys, width), strict=True))
-    for some in (pairs, *([pair] for pair in pairs)):
-        segments = grad_norm.plan(some, card, blocks["BLOCK_B"])
-        assert simulated_bytes(segments, card, blocks) <= 1.05 * grad_norm.bytes_read(segments, card)
+    for some in (pairs, pairs[:4], *([pair] for pair in pairs)):
+        segments = panels.plan(some, card, blocks["BLOCK_A"], blocks["BLOCK_B"])
+        assert simulated_bytes(segments, card, blocks) <= 1.05 * panels.bytes_read(
+            segments, card, blocks["BLOCK_A"], blocks["BLOCK_B"]
+        )
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9])
+@pytest.mark.parametrize("linears", [4, 7])  # Mixtral's attention; a layer of Llama
+def test_the_order_of_panels_spares_memory_also_in_a_smaller_cache(linears, share):
+    card = CARDS["sm_90"]
+    blocks, _ = grad_norm.tile_blocks(card, 2, aligned=True)
+    pairs = list(zip(*layer(HIDDEN, KEYS, WIDTH), strict=True))[:linears]
+    ordered = panels.plan(pairs, card, blocks["BLOCK_A"], blocks["BLOCK_B"])
+    as_given = sorted(ordered, key=lambda segment: segment.pair)
+    smaller = replace(card, l2_cache=int(share * card.l2_cache))
+    assert simulated_bytes(ordered, smaller, blocks) < 0.97 * simulated_bytes(as_given, smaller, blocks)
