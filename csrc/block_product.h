@@ -247,11 +247,14 @@ class PackedB {
   Scratch<uint16_t> data_;
 };
 
+// Units of one job cost more than another's, and an adapter's next to nothing: threads take them from a common counter.
 inline void pack_all(const std::vector<const PackedB*>& jobs) {
   std::vector<int64_t> ends;
   for (const PackedB* job : jobs) ends.push_back((ends.empty() ? 0 : ends.back()) + job->units());
-  at::parallel_for(0, ends.empty() ? 0 : ends.back(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
+  const int64_t units = ends.empty() ? 0 : ends.back();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(units, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t unit; (unit = next.fetch_add(1)) < units;) {
       const auto job = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
       jobs[job]->pack(unit - (job > 0 ? ends[job - 1] : 0));
     }
