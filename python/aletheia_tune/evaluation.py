@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from aletheia_tune.data import Collator, Example
 from aletheia_tune.errors import UserError
@@ -46,14 +46,34 @@ def held_out(
                 logits = model(**batch).logits
                 right = (right or 0) + int((logits.argmax(-1) == labels).sum())
             else:
-                logits, labels = model(**batch, use_cache=False).logits[:, :-1], labels[:, 1:]
-            labelled = labels != -100
-            # Only the labelled rows go to fp32: all of them would be the largest tensor of the run.
-            total += F.cross_entropy(logits[labelled].float(), labels[labelled], reduction="sum").item()
-            count += int(labelled.sum())
+                # What a position puts out is for the token after it.
+                labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+                logits, labels = _labelled_logits(model, batch, labels != -100), labels[labels != -100]
+            total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            count += len(labels)
     if count == 0:
         raise UserError("the held-out examples have no labelled token after the first")
     return total / count, None if right is None else right / count
+
+
+def _labelled_logits(model: nn.Module, batch: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+    """Logits of the wanted positions, [rows, vocabulary]; those of all would be the largest tensor of a run.
+
+    The output embedding is given the wanted positions as one sequence, where it is a module that reads all of them.
+    """
+    taken = False
+
+    def take(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal taken
+        taken = bool(given) and given[0].shape[:-1] == wanted.shape
+        return (given[0][wanted][None], *given[1:]) if taken else None
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    with contextlib.ExitStack() as undo:
+        if isinstance(head, nn.Module):
+            undo.callback(head.register_forward_pre_hook(take).remove)
+        logits: Tensor = model(**batch, use_cache=False).logits
+    return logits[0] if taken else logits[wanted]
 
 
 @contextlib.contextmanager
