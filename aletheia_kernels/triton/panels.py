@@ -76,7 +76,7 @@ class Run:
             triton.cdiv(resident.shape[1], block_b),
             resident.element_size() * resident.shape[0],
         )
-        rows = sum(s.tiles for s in segments) // across
+        rows = sum(s.tiles for s in segments) // max(across, 1)
         return cls(rows, across, token_bytes * block_a, token_bytes * block_b)
 
     @cached_property
