@@ -174,14 +174,18 @@ def test_held_out_loss_makes_logits_of_labelled_positions_alone(tiny_model_dir, 
     model, tokenizer = load_model(tiny_model_dir, "float32")
     examples = load_examples(eval_file, tokenizer)
     rows = []
-    hook = model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits[..., 0].numel()))
+    hook = model.lm_head.register_forward_hook(
+        lambda module, given, logits: rows.append(logits[..., 0].numel())
+    )
     loss = held_out_loss(model, examples, Collator(tokenizer.pad_token_id), 4)
     hook.remove()
     assert sum(rows) == sum(label != -100 for example in examples for label in example["labels"][1:])
     assert not model.lm_head._forward_pre_hooks
     # Without a head that is a module of its own, all rows are made and the same ones count.
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    assert held_out_loss(model, examples, Collator(tokenizer.pad_token_id), 4) == pytest.approx(loss, rel=1e-6)
+    assert held_out_loss(model, examples, Collator(tokenizer.pad_token_id), 4) == pytest.approx(
+        loss, rel=1e-6
+    )
 
 
 def test_kernels_give_the_losses_of_plain_peft(tune, tmp_path):
