@@ -68,7 +68,7 @@ def _labelled_logits(model: nn.Module, batch: Mapping[str, Tensor], wanted: Tens
         taken = bool(given) and given[0].shape[:-1] == wanted.shape
         return (given[0][wanted][None], *given[1:]) if taken else None
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as undo:
         if isinstance(head, nn.Module):
             undo.callback(head.register_forward_pre_hook(take).remove)
