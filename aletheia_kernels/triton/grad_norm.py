@@ -8,8 +8,8 @@ tiles, where the operands lie, how large they are and which pair they belong to,
 number. Every program writes its sum to a place of its own and a second launch adds those in order, in float64: no
 atomics, and a run repeats bit for bit.
 
-Bytes of the tile form: see :mod:`aletheia_kernels.triton.panels`, which orders the tiles. Where the Gram form serves
-none of a layer's linears, every operand is read nearly once.
+Bytes of the tile form: see :mod:`aletheia_kernels.triton.panels`, which orders the tiles. Where each
+input of a layer fits the second-level cache as one panel, every operand is read nearly once.
 
 Bytes of the Gram form. Programs of one wave walk the features in step, so each wave reads every token once. Where
 there are fewer pairs of blocks than multiprocessors, the features are cut into chunks and partial Gram matrices are

@@ -72,10 +72,8 @@ class Run:
     @classmethod
     def of(cls, segments: Sequence[Segment], block_a: int, block_b: int) -> Run:
         resident = segments[0].resident
-        across, token_bytes = (
-            triton.cdiv(resident.shape[1], block_b),
-            resident.element_size() * resident.shape[0],
-        )
+        across = triton.cdiv(resident.shape[1], block_b)
+        token_bytes = resident.element_size() * resident.shape[0]
         rows = sum(s.tiles for s in segments) // max(across, 1)
         return cls(rows, across, token_bytes * block_a, token_bytes * block_b)
 

@@ -48,7 +48,8 @@ def held_out(
             else:
                 # What a position puts out is for the token after it.
                 labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-                logits, labels = _labelled_logits(model, batch, labels != -100), labels[labels != -100]
+                wanted = labels != -100
+                logits, labels = _labelled_logits(model, batch, wanted), labels[wanted]
             total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             count += len(labels)
     if count == 0:
