@@ -8,7 +8,6 @@
 // sees, so there is no running maximum and nothing outside is computed.
 #include <ATen/Parallel.h>
 
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -308,15 +307,6 @@ void store_rows(const float* sums, float factor, int64_t rows, int64_t features,
           {_mm512_mul_ps(_mm512_load_ps(sums + f), times), _mm512_mul_ps(_mm512_load_ps(sums + f + kLanes), times)});
       _mm512_mask_storeu_epi16(out + f, first_pairs_of_lanes(features - f), both);
     }
-}
-
-// body(take) on every thread, which takes tasks until there are none: take() gives the next one's number.
-template <typename Body>
-void on_threads(int64_t tasks, Body body) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    body([&] { return next.fetch_add(1); });
-  });
 }
 
 template <typename Products>

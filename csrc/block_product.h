@@ -247,14 +247,22 @@ class PackedB {
   Scratch<uint16_t> data_;
 };
 
+// body(take) on every thread, which takes tasks until there are none: take() gives the next one's number.
+template <typename Body>
+void on_threads(int64_t tasks, Body body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    body([&] { return next.fetch_add(1); });
+  });
+}
+
 // Units of one job cost more than another's, and an adapter's next to nothing: threads take them from a common counter.
 inline void pack_all(const std::vector<const PackedB*>& jobs) {
   std::vector<int64_t> ends;
   for (const PackedB* job : jobs) ends.push_back((ends.empty() ? 0 : ends.back()) + job->units());
   const int64_t units = ends.empty() ? 0 : ends.back();
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(units, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t unit; (unit = next.fetch_add(1)) < units;) {
+  on_threads(units, [&](auto take) {
+    for (int64_t unit; (unit = take()) < units;) {
       const auto job = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
       jobs[job]->pack(unit - (job > 0 ? ends[job - 1] : 0));
     }
@@ -283,10 +291,9 @@ void each_window(int64_t outer, int64_t elements, Body body) {
   const auto start = [=](int64_t unit) {
     return unit <= whole ? unit * kMaxPanels : whole * kMaxPanels + left * (unit - whole) / threads;
   };
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  on_threads(whole + threads, [&](auto take) {
     const Scratch<uint16_t> memory(elements);
-    for (int64_t unit; (unit = next.fetch_add(1)) < whole + threads;) {
+    for (int64_t unit; (unit = take()) < whole + threads;) {
       const int64_t first = start(unit) * kLanes, end = std::min(start(unit + 1) * kLanes, outer);
       if (first == end) continue;
       Window window(first, end - first, memory.data());
@@ -786,9 +793,8 @@ struct Blocks {
   }
   template <typename Body>  // body(run, whether its first block, first row, number of rows)
   void each(Body body) const {
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(runs, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-      for (int64_t taken; (taken = next.fetch_add(1)) < runs;)
+    on_threads(runs, [&](auto take) {
+      for (int64_t taken; (taken = take()) < runs;)
         for (int64_t first = taken * run * size; first < std::min(rows, (taken + 1) * run * size); first += size)
           body(taken, first == taken * run * size, first, std::min(size, rows - first));
     });
