@@ -134,7 +134,9 @@ def time_to_target(verdict: Verdict) -> list[str]:
         ]
 
         def each(values: Sequence[float | None], digits: int) -> str:
-            return ", ".join("–" if value is None else f"{value:.{digits}f}" for value in values) or "–"
+            if all(value is None for value in values):
+                return "–"
+            return ", ".join("–" if value is None else f"{value:.{digits}f}" for value in values)
 
         rows.append(
             (
@@ -144,7 +146,7 @@ def time_to_target(verdict: Verdict) -> list[str]:
                 each([seconds(run) for run in runs], 0),
                 each([one["ratio_time_to_target"] for one in found], 3),
                 each([one["ratio_after_first_step"] for one in found], 3),
-                each([one["loss_equal_time"] for one in found], 4) if name == verdict["recommended"] else "–",
+                each([one["loss_equal_time"] for one in found], 4),
                 each(forgetting, 3),
                 f"{verdict['table'][name]['peak_memory_mb']:,.0f}",
             )
@@ -157,7 +159,7 @@ def time_to_target(verdict: Verdict) -> list[str]:
 
 
 def picture(verdict: Verdict) -> str:
-    """Held-out loss over time of the first seed, as SVG: the race, and the recommended arm's run at equal time."""
+    """Held-out loss over time of the first seed, as SVG: the race, and the runs at equal time."""
     seed, races = next(iter(verdict["races"].items()))
     curves = []
     for arm, name in [
@@ -214,13 +216,14 @@ def one_race(race: dict[str, Any]) -> list[str]:
 
 
 def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
-    """Every way to choose layers: where it ended, by how much that is worse than all layers, and what it took."""
+    """Every way to choose layers: where it ended, how much worse than all layers, where it ends in PEFT's time, and its costs."""
     base = arms(verdict, everything)
     classifies = base[0]["training"].get("eval_accuracy_after") is not None
     rows = []
     for name in sorted(names(verdict), key=lambda name: statistics.fmean(map(loss, arms(verdict, name)))):
         runs = arms(verdict, name)
         layers = adapted_layers(runs[0])
+        equal_time = [one["loss_equal_time"] for one in verdict["arms"].get(name, {}).values()]
         differences = [loss(mine) - loss(theirs) for mine, theirs in zip(runs, base, strict=True)]
         pace = statistics.median(
             record["step_seconds"] for run in runs for record in run["training"]["history"]
@@ -233,6 +236,7 @@ def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
                 f"{statistics.fmean(map(loss, runs)):.4f}",
                 *((f"{statistics.fmean(map(accuracy, runs)):.3f}",) if classifies else ()),
                 "–" if name == everything else interval(differences),
+                f"{statistics.fmean(equal_time):.4f}" if equal_time and None not in equal_time else "–",
                 f"{statistics.fmean(run['plan_seconds'] for run in runs):.1f}",
                 f"{pace:.3f}",
                 f"{statistics.fmean(map(seconds, runs)):.0f}",
@@ -241,8 +245,8 @@ def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
         )
     header = (
         "layers chosen by", "rate", "which (seed 0)", "held-out loss, mean",
-        *(("accuracy, mean",) if classifies else ()), f"less that of {everything}", "probe s",
-        "s a step", "seconds in all", "peak MiB",
+        *(("accuracy, mean",) if classifies else ()), f"less that of {everything}",
+        "at equal time, mean", "probe s", "s a step", "seconds in all", "peak MiB",
     )  # fmt: skip
     return table(header, rows)
 

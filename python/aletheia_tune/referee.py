@@ -5,8 +5,8 @@ first seed, over the same grid, which is widened until its best rate has a worse
 seed, the arms run in turns on one machine. The baselines set the target: the lowest held-out loss that any of them
 ends with, to be reached in the shortest time that any of them took, so that PEFT is met at its best in both. A
 challenger's clock starts before its probe and stops at the first evaluation at or under the target; evaluation is in
-nobody's time. At last the recommended challenger is trained again for as many steps as the baselines' time holds at
-its pace, for the loss at equal time.
+nobody's time. At last the recommended challenger, and whichever others the task names, are trained again for as many
+steps as the baselines' time holds at each one's pace, for the loss at equal time.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class RaceTask:
         seeds: of the adapters' first weights and the order of the data.
         slices: turns that each arm takes in a race.
         recommended: the challenger whose figures stand first.
+        equal_time: challengers that are trained again for the baselines' time, the recommended one among them.
         contestants: baselines first, as in the file.
     """
 
@@ -98,6 +99,7 @@ class RaceTask:
     seeds: tuple[int, ...]
     slices: int
     recommended: str
+    equal_time: tuple[str, ...]
     contestants: tuple[Contestant, ...]
 
     @property
@@ -136,10 +138,10 @@ def _sampled(path: Path) -> bytes:
 def read_task(path: str | os.PathLike[str]) -> RaceTask:
     """The task in a TOML file; paths in it are relative to the file.
 
-    At the top `name`, `model`, `train`, `eval`, and optionally `other_text`, `rates`, `seeds`, `slices` and
-    `recommended` (the last challenger by default); `[training]` holds any field of `TrainConfig`; each `[[baseline]]`
-    and `[[challenger]]` has a `name`, optionally a `plan` table with fields of `Recipe`, and a `training` table that
-    overrides the common one.
+    At the top `name`, `model`, `train`, `eval`, and optionally `other_text`, `rates`, `seeds`, `slices`,
+    `recommended` (the last challenger by default) and `equal_time` (challengers to train for the baselines' time besides
+    the recommended one); `[training]` holds any field of `TrainConfig`; each `[[baseline]]` and `[[challenger]]` has a
+    `name`, optionally a `plan` table with fields of `Recipe`, and a `training` table that overrides the common one.
 
     Raises:
         UserError: no such file, not TOML, a key that is missing, unknown or of the wrong kind, a value that
@@ -161,7 +163,7 @@ def read_task(path: str | os.PathLike[str]) -> RaceTask:
 def _task(content: dict[str, Any], beside: Path) -> RaceTask:
     _only(
         content,
-        "name model train eval other_text rates seeds slices recommended training baseline challenger",
+        "name model train eval other_text rates seeds slices recommended equal_time training baseline challenger",
         "the task",
     )
     text = {key: _get(content, key, str, "the task") for key in ("name", "model", "train", "eval")}
@@ -206,6 +208,10 @@ def _task(content: dict[str, Any], beside: Path) -> RaceTask:
         raise UserError(
             f"recommended {recommended!r} is no challenger: choose one of {', '.join(challengers)}"
         )
+    wanted = _get(content, "equal_time", list, "the task", [])
+    for name in wanted:
+        if name not in challengers:
+            raise UserError(f"equal_time has {name!r}, no challenger: choose of {', '.join(challengers)}")
     return RaceTask(
         name=text["name"],
         model=paths["model"],
@@ -216,6 +222,7 @@ def _task(content: dict[str, Any], beside: Path) -> RaceTask:
         seeds=seeds,
         slices=slices,
         recommended=recommended,
+        equal_time=tuple(name for name in challengers if name in (recommended, *wanted)),
         contestants=contestants,
     )
 
@@ -304,7 +311,7 @@ class SeedVerdict:
         seconds_to_target: that time; None likewise.
         baseline_seconds: the shortest time that a baseline took for all its steps.
         target: the lowest held-out loss that a baseline ended with.
-        loss_equal_time: held-out loss after training for the baselines' time; None but for the recommended challenger.
+        loss_equal_time: held-out loss after training for the baselines' time; None where the task asks for none.
         baseline_loss_equal_time: theirs: the target.
         loss_equal_steps: held-out loss after the same number of steps as the baselines; None if no evaluation fell
             there.
@@ -346,7 +353,7 @@ class Verdict:
         recommended: the challenger that stands first.
         table: for each arm trainable parameters, peak memory in MiB, seconds a step.
         machine: what it ran on.
-        races: every raw point: for each seed the race's and the equal-time race's content.
+        races: every raw point: for each seed the race's content and that of the runs at equal time as one race.
     """
 
     task: str
@@ -498,7 +505,6 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
 
     arms: dict[str, dict[str, SeedVerdict]] = {contestant.name: {} for contestant in task.challengers}
     races: dict[str, dict[str, Any]] = {}
-    best = next(contestant for contestant in task.challengers if contestant.name == task.recommended)
     objection: str | None = None
     results: list[RaceResult] = []
     for seed in task.seeds:
@@ -510,8 +516,7 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
         objection = _objection(task, result)
         if objection:
             break
-        steps = _equal_time_steps(task, result, best)
-        equal = runs.race(f"seed-{seed}-equal-time", [_equal_time_arm(best, chosen[best.name], seed, steps)])
+        equal = _equal_time(runs, result, chosen, seed)
         races[str(seed)]["equal_time"] = json.loads(equal.to_json())
         for contestant in task.challengers:
             arms[contestant.name][str(seed)] = judge(task, result, equal, contestant.name)
@@ -531,6 +536,18 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
     )
 
 
+def _equal_time(runs: _Runs, result: RaceResult, chosen: Mapping[str, float], seed: int) -> RaceResult:
+    """Each of the task's arms for equal time by itself, so that their models are not in memory together; as one race."""
+    task = runs.task
+    alone = []
+    for name in task.equal_time:
+        contestant = next(one for one in task.challengers if one.name == name)
+        steps = _equal_time_steps(task, result, contestant)
+        arm = _equal_time_arm(contestant, chosen[name], seed, steps)
+        alone.append(runs.race(f"seed-{seed}-equal-time", [arm]))
+    return RaceResult(tuple(arm for one in alone for arm in one.arms), alone[0].meta)
+
+
 def _best_rate(losses: Mapping[float, float]) -> float:
     """The lowest of the rates that are as good as the best."""
     best = min(losses.values())
@@ -538,7 +555,7 @@ def _best_rate(losses: Mapping[float, float]) -> float:
 
 
 def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> SeedVerdict:
-    """One challenger against the baselines, from the race of one seed and the race at equal time."""
+    """One challenger against the baselines, from the race of one seed and the runs at equal time."""
     best = min((_arm(result, baseline.name) for baseline in task.baselines), key=_final_loss)
     target, seconds = _final_loss(best), _fastest(task, result).seconds
     challenger = _arm(result, name)
@@ -552,7 +569,7 @@ def judge(task: RaceTask, result: RaceResult, equal: RaceResult, name: str) -> S
         seconds_to_target=to_target,
         baseline_seconds=seconds,
         target=target,
-        loss_equal_time=_final_loss(_arm(equal, name)) if name == task.recommended else None,
+        loss_equal_time=_final_loss(_arm(equal, name)) if name in task.equal_time else None,
         baseline_loss_equal_time=target,
         loss_equal_steps=same_steps[-1] if same_steps else None,
         forgetting=_forgetting(challenger),

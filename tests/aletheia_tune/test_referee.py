@@ -21,6 +21,11 @@ from tests import accessibility
 from tests.task_case import task_text
 
 LETTERS = "a b c d e f " * 8
+UPPER = """
+[[challenger]]
+name = "upper"
+plan = { score = "top", layers = 50, rank = 4 }
+"""
 
 
 @pytest.fixture
@@ -35,8 +40,10 @@ def task_file(tiny_model_dir, tmp_path) -> Path:
     other = tmp_path / "other.txt"
     other.write_text("a b c d e f " * 300)
     file = tmp_path / "task.toml"
-    keys = f'other_text = "{other}"\nrecommended = "half"'
-    file.write_text(task_text("tiny", tiny_model_dir, steps=24, keys=keys) + "training = { steps = 30 }\n")
+    keys = f'other_text = "{other}"\nrecommended = "half"\nequal_time = ["upper"]'
+    file.write_text(
+        task_text("tiny", tiny_model_dir, steps=24, keys=keys) + "training = { steps = 30 }\n" + UPPER
+    )
     return file
 
 
@@ -66,8 +73,9 @@ def test_a_miniature_race(task_file, tmp_path):
         assert half["training"]["trainable_parameters"] < baseline["trainable_parameters"]
         assert figures["forgetting"] > 0
         equal = written["races"][seed]["equal_time"]["arms"]
-        assert [arm["name"] for arm in equal] == ["half"]
+        assert [arm["name"] for arm in equal] == ["half", "upper"]
         assert figures["loss_equal_time"] == equal[0]["training"]["eval_loss_after"]
+        assert verdict.arms["upper"][seed].loss_equal_time == equal[1]["training"]["eval_loss_after"]
 
     write_verdict(out / "report.html", verdict, commands=["aletheia race task.toml"])
     page = (out / "report.html").read_text()
@@ -148,6 +156,8 @@ def test_an_interrupt_says_what_is_kept(task_file, tmp_path, monkeypatch):
         (('name = "half"', 'name = "a/b"'), "cannot be a directory name"),
         (("[[challenger]]", "[[baseline]]"), "lacks challenger"),
         (('recommended = "half"', 'recommended = "peft"'), "no challenger"),
+        (('equal_time = ["upper"]', 'equal_time = ["peft"]'), "equal_time has 'peft'"),
+        (('equal_time = ["upper"]', 'equal_time = "upper"'), "equal_time is 'upper'"),
     ],
 )
 def test_a_broken_task_is_one_line(task_file, change, says):
@@ -207,7 +217,7 @@ def test_another_models_runs_are_not_taken_for_this_ones(task_file, tmp_path, na
 
 def test_a_run_is_known_by_what_it_depends_on(task_file):
     task = read_task(task_file)
-    peft, half = task.contestants
+    peft, half, _ = task.contestants
     name = referee_module._digest([peft.arm(1e-3, 0)])
     assert name == referee_module._digest([peft.arm(1e-3, 0)])
     shown = dataclasses.replace(peft, config=dataclasses.replace(peft.config, progress=True))
