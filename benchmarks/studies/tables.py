@@ -216,7 +216,7 @@ def one_race(race: dict[str, Any]) -> list[str]:
 
 
 def selection(verdict: Verdict, everything: str = "all layers") -> list[str]:
-    """Every way to choose layers: where it ended, how much worse than all layers, where it ends in PEFT's time, and its costs."""
+    """Every way to choose layers: where it ended, beside all layers and in PEFT's time, and what it took."""
     base = arms(verdict, everything)
     classifies = base[0]["training"].get("eval_accuracy_after") is not None
     rows = []

@@ -139,8 +139,8 @@ def read_task(path: str | os.PathLike[str]) -> RaceTask:
     """The task in a TOML file; paths in it are relative to the file.
 
     At the top `name`, `model`, `train`, `eval`, and optionally `other_text`, `rates`, `seeds`, `slices`,
-    `recommended` (the last challenger by default) and `equal_time` (challengers to train for the baselines' time besides
-    the recommended one); `[training]` holds any field of `TrainConfig`; each `[[baseline]]` and `[[challenger]]` has a
+    `recommended` (the last challenger by default) and `equal_time` (challengers to train for the baselines' time
+    besides the recommended one); `[training]` holds any field of `TrainConfig`; each `[[baseline]]` and `[[challenger]]` has a
     `name`, optionally a `plan` table with fields of `Recipe`, and a `training` table that overrides the common one.
 
     Raises:
@@ -537,7 +537,7 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
 
 
 def _equal_time(runs: _Runs, result: RaceResult, chosen: Mapping[str, float], seed: int) -> RaceResult:
-    """Each of the task's arms for equal time by itself, so that their models are not in memory together; as one race."""
+    """The task's arms for equal time as one race, run one by one: their models need not fit into memory together."""
     task = runs.task
     alone = []
     for name in task.equal_time:
