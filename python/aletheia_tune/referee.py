@@ -140,8 +140,9 @@ def read_task(path: str | os.PathLike[str]) -> RaceTask:
 
     At the top `name`, `model`, `train`, `eval`, and optionally `other_text`, `rates`, `seeds`, `slices`,
     `recommended` (the last challenger by default) and `equal_time` (challengers to train for the baselines' time
-    besides the recommended one); `[training]` holds any field of `TrainConfig`; each `[[baseline]]` and `[[challenger]]` has a
-    `name`, optionally a `plan` table with fields of `Recipe`, and a `training` table that overrides the common one.
+    besides the recommended one); `[training]` holds any field of `TrainConfig`; each `[[baseline]]` and
+    `[[challenger]]` has a `name`, optionally a `plan` table with fields of `Recipe`, and a `training` table that
+    overrides the common one.
 
     Raises:
         UserError: no such file, not TOML, a key that is missing, unknown or of the wrong kind, a value that
