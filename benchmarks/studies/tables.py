@@ -16,11 +16,14 @@ import os
 import re
 import statistics
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from aletheia_tune import figures
 from aletheia_tune.environment import machine_facts
+from aletheia_tune.plan import share_of_layers
+from aletheia_tune.scores.gradient import spearman
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -31,6 +34,9 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 # A task whose rates are searched and whose seeds are not run.
 SEARCH = "aletheia-search"
+
+# How many batches a probe needs: probe_batches.py.
+PROBE = "aletheia-probe-batches"
 
 # Of the machine's description, what stands under a table.
 MACHINE = ("processor", "CPUs, threads", "torch")
@@ -46,6 +52,8 @@ def keep(run: Path) -> Path:
     found = [path for path in (run / "verdict.json", run / "race.json") if path.is_file()]
     if found:
         content = json.loads(found[0].read_text(encoding="utf-8"))
+        if content["format"] == PROBE:
+            return _write(run.name, content)
     else:
         searched = sorted(run.glob("rate-*/race.json"))
         races = [json.loads(path.read_text(encoding="utf-8")) for path in searched]
@@ -69,7 +77,11 @@ def keep(run: Path) -> Path:
             if arm["training"]["patch_report"]:
                 summary = arm["training"]["patch_report"]["summary"]
                 arm["training"]["patch_report"] = {"summary": summary, "modules": []}
-    place = RESULTS / f"{run.name}.json"
+    return _write(run.name, content)
+
+
+def _write(name: str, content: Verdict) -> Path:
+    place = RESULTS / f"{name}.json"
     place.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     return place
 
@@ -161,9 +173,12 @@ def time_to_target(verdict: Verdict) -> list[str]:
 def picture(verdict: Verdict) -> str:
     """Held-out loss over time of the first seed, as SVG: the race, and the runs at equal time."""
     seed, races = next(iter(verdict["races"].items()))
+    base, *others = races["race"]["arms"]
+    # Where there are more than can be told apart, those that end lowest.
+    others = sorted(others, key=loss)[: figures.MOST_CURVES - 1 - len(races["equal_time"]["arms"])]
     curves = []
     for arm, name in [
-        *((arm, arm["name"]) for arm in races["race"]["arms"]),
+        *((arm, arm["name"]) for arm in (base, *(arm for arm in races["race"]["arms"] if arm in others))),
         *((arm, f"{arm['name']}, for PEFT's time") for arm in races["equal_time"]["arms"]),
     ]:
         start = arm["plan_seconds"] + arm["training"]["setup_seconds"]
@@ -276,6 +291,45 @@ def search(content: dict[str, Any]) -> list[str]:
     return table(("arm", "layers", "steps", "best rate", "held-out loss", "loss at other rates"), rows)
 
 
+def probe_batches(content: dict[str, Any]) -> list[str]:
+    """By score and number of batches: the share of its half that two seeds have in common; how their ranks correlate."""
+    counts = sorted({one["batches"] for one in content["probes"]})
+    rows = []
+    for method in content["probes"][0]["scores"]:
+        by_count = [
+            [one["scores"][method]["layers"] for one in content["probes"] if one["batches"] == count]
+            for count in counts
+        ]
+        halves = [[_half(layers) for layers in seeds] for seeds in by_count]
+        common = [
+            statistics.fmean(len(first & second) / len(first) for first, second in combinations(seeds, 2))
+            for seeds in halves
+        ]
+        ranks = [spearman(first, second) for first, second in combinations(by_count[-1], 2)]
+        rows.append(
+            (
+                method,
+                *(f"{share:.2f}" for share in common),
+                f"{statistics.fmean(rank for rank in ranks if rank is not None):.2f}",
+                " ".join(_ranges(sorted(halves[-1][0]))),
+            )
+        )
+    header = (
+        "score", *(f"{count} {'batch' if count == 1 else 'batches'}" for count in counts),
+        f"rank correlation, {counts[-1]}", f"half chosen by seed 0, {counts[-1]}",
+    )  # fmt: skip
+    return table(header, rows)
+
+
+def _half(layers: Sequence[float]) -> set[int]:
+    """The half with the highest scores, as a plan takes it."""
+    return set(
+        sorted(range(len(layers)), key=lambda layer: (-layers[layer], layer))[
+            : share_of_layers(len(layers), 50)
+        ]
+    )
+
+
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -303,6 +357,8 @@ def write_tables() -> None:
             lines = one_race(content)
         elif content["format"] == SEARCH:
             lines = search(content)
+        elif content["format"] == PROBE:
+            lines = probe_batches(content)
         elif path.stem.startswith("selection"):
             lines = selection(content)
         else:

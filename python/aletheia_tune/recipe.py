@@ -36,7 +36,7 @@ class Recipe:
             in the style of Hybrid-LoRA.
         rank: of every adapter, or the mean rank where ranks go by score.
         alpha: of every adapter; by default twice its rank.
-        ranks: as `make_plan` takes it.
+        ranks, attention_rank, mlp_rank: as `make_plan` takes them.
         targets: as `make_plan` takes it; every linear by default.
         probe_batches: batches that the probe reads.
         probe_batch_size: examples in one of them.
@@ -57,6 +57,8 @@ class Recipe:
     rank: int = 16
     alpha: float | None = None
     ranks: Ranks = "uniform"
+    attention_rank: int = 16
+    mlp_rank: int = 64
     targets: tuple[str, ...] | None = None
     probe_batches: int = 5
     probe_batch_size: int = 4
@@ -66,7 +68,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        for name in ("rank", "probe_batches", "probe_batch_size"):
+        for name in ("rank", "attention_rank", "mlp_rank", "probe_batches", "probe_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a whole number of 1 or more")
         if self.alpha is not None and not is_finite(self.alpha):
@@ -146,6 +148,8 @@ class Recipe:
             full=self.full,
             ranks=self.ranks,
             rank=self.rank,
+            attention_rank=self.attention_rank,
+            mlp_rank=self.mlp_rank,
             alpha=self.alpha,
             targets=self.targets,
         )

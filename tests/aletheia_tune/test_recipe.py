@@ -76,6 +76,10 @@ def test_plans_of_recipes(given_task):
     scored = Recipe(score="aletheia", layers=50, rank=3, probe_batches=2).plan(model, tokenizer, examples, 5)
     scores = probe(model, batches(examples, 4, pad_token_id(tokenizer), seed=5, count=2), seed=5)
     assert scored.modules == make_plan(scores, layers=50, rank=3).modules
+    types = {"ranks": "by-type", "attention_rank": 2, "mlp_rank": 5}
+    by_type = Recipe(score="aletheia", probe_batches=2, **types).plan(model, tokenizer, examples, 5)
+    assert by_type.modules == make_plan(scores, layers=100, **types).modules
+    assert {module.rank for module in by_type.modules.values()} == {2, 5}
     recipe = Recipe(score="hybrid", full=10, rank=3, probe_batches=2)
     hybrid = recipe.plan(model, tokenizer, examples, 5)
     scores = probe(
@@ -100,6 +104,7 @@ def test_plans_of_recipes(given_task):
         ({"score": "hybrid", "full": -1}, "full is -1"),
         ({"full": 10}, "score 'uniform' has no probe to choose modules by"),
         ({"score": "top", "layers": 50, "full": 10}, "score 'top' has no probe"),
+        ({"mlp_rank": 0}, "mlp_rank is 0"),
         ({"probe_batches": 0}, "probe_batches is 0"),
         ({"probe_batch_size": 0}, "probe_batch_size is 0"),
         ({"sampled_depth": 80, "score": "fisher"}, "go together"),
