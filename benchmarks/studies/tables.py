@@ -292,7 +292,7 @@ def search(content: dict[str, Any]) -> list[str]:
 
 
 def probe_batches(content: dict[str, Any]) -> list[str]:
-    """By score and number of batches: the share of its half that two seeds have in common; how their ranks correlate."""
+    """By score and number of batches: the share of its half that two seeds have in common; how ranks correlate."""
     counts = sorted({one["batches"] for one in content["probes"]})
     rows = []
     for method in content["probes"][0]["scores"]:
