@@ -530,7 +530,7 @@ def test_a_miniature_race(encoder_dir, train_file, eval_file, tmp_path):
 
     peft = dataclasses.replace(result.arms[0], name="peft")
     both = dataclasses.replace(result, arms=(peft, *result.arms))
-    task: Any = SimpleNamespace(baselines=[SimpleNamespace(name="peft")], recommended="half")
+    task: Any = SimpleNamespace(baselines=[SimpleNamespace(name="peft")], equal_time=("half",))
     figures = judge(task, both, result, "half")
     accuracy = result.arms[0].training.evals[-1].accuracy
     assert (figures.accuracy, figures.baseline_accuracy) == (accuracy, accuracy)
