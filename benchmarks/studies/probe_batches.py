@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -26,12 +25,13 @@ from aletheia_tune.environment import machine_facts
 from aletheia_tune.layers import positions_of
 from aletheia_tune.loading import load_model
 from aletheia_tune.probe import probe_all
+from aletheia_tune.recipe import Recipe
 
 FORMAT = "aletheia-probe-batches"
 METHODS = ("aletheia", "fisher", "saliency", "energy", "activation", "cka")
 COUNTS = (1, 2, 5, 10)
 SEEDS = (0, 1, 2)
-BATCH_SIZE = 4
+BATCH_SIZE = Recipe.probe_batch_size
 MAX_LENGTH = 512
 
 
@@ -45,7 +45,8 @@ def measure(model_path: str, train: str, out: Path) -> dict[str, Any]:
     missing = {key: place for key, place in wanted.items() if not place.is_file()}
     if missing:
         model, tokenizer = load_model(model_path)
-        examples = load_examples(train, tokenizer, max_length=MAX_LENGTH, positions=positions_of(model))
+        positions = positions_of(model)
+        examples = load_examples(train, tokenizer, max_length=MAX_LENGTH, positions=positions)
         left, done, started = sum(count for _, count in missing), 0, time.perf_counter()
         for (seed, count), place in missing.items():
             chosen = batches(
@@ -54,7 +55,7 @@ def measure(model_path: str, train: str, out: Path) -> dict[str, Any]:
                 pad_token_id(tokenizer),
                 seed=seed,
                 count=count,
-                positions=positions_of(model),
+                positions=positions,
             )
             found = probe_all(model, chosen, METHODS, seed=seed)
             scores = {
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,7 @@ from typing import Any
 
 from aletheia_tune import figures
 from aletheia_tune.environment import machine_facts
-from aletheia_tune.plan import share_of_layers
+from aletheia_tune.plan import highest_layers
 from aletheia_tune.scores.gradient import spearman
 
 HERE = Path(__file__).resolve().parent
@@ -175,10 +175,11 @@ def picture(verdict: Verdict) -> str:
     seed, races = next(iter(verdict["races"].items()))
     base, *others = races["race"]["arms"]
     # Where there are more than can be told apart, those that end lowest.
-    others = sorted(others, key=loss)[: figures.MOST_CURVES - 1 - len(races["equal_time"]["arms"])]
+    lowest = sorted(others, key=loss)[: figures.MOST_CURVES - 1 - len(races["equal_time"]["arms"])]
+    shown = {arm["name"] for arm in (base, *lowest)}
     curves = []
     for arm, name in [
-        *((arm, arm["name"]) for arm in (base, *(arm for arm in races["race"]["arms"] if arm in others))),
+        *((arm, arm["name"]) for arm in races["race"]["arms"] if arm["name"] in shown),
         *((arm, f"{arm['name']}, for PEFT's time") for arm in races["equal_time"]["arms"]),
     ]:
         start = arm["plan_seconds"] + arm["training"]["setup_seconds"]
@@ -300,7 +301,7 @@ def probe_batches(content: dict[str, Any]) -> list[str]:
             [one["scores"][method]["layers"] for one in content["probes"] if one["batches"] == count]
             for count in counts
         ]
-        halves = [[_half(layers) for layers in seeds] for seeds in by_count]
+        halves = [[set(highest_layers(layers, 50)) for layers in seeds] for seeds in by_count]
         common = [
             statistics.fmean(len(first & second) / len(first) for first, second in combinations(seeds, 2))
             for seeds in halves
@@ -319,15 +320,6 @@ def probe_batches(content: dict[str, Any]) -> list[str]:
         f"rank correlation, {counts[-1]}", f"half chosen by seed 0, {counts[-1]}",
     )  # fmt: skip
     return table(header, rows)
-
-
-def _half(layers: Sequence[float]) -> set[int]:
-    """The half with the highest scores, as a plan takes it."""
-    return set(
-        sorted(range(len(layers)), key=lambda layer: (-layers[layer], layer))[
-            : share_of_layers(len(layers), 50)
-        ]
-    )
 
 
 LAYER = re.compile(r"\.(\d+)\.")

@@ -463,7 +463,7 @@ def make_plan(
             raise UserError(f"{what} {value} is not a whole number of 1 or more")
     if budget is not None and ranks != "by-score":
         raise UserError(f"a parameter budget goes with ranks by-score, not {ranks}: drop one of the two")
-    chosen = set(_highest(scores.layers, layers))
+    chosen = set(highest_layers(scores.layers, layers))
     if control is not None:
         chosen = set(control_layers(control, len(scores.layers), len(chosen), seed))
     names = _select(scores.modules, targets)
@@ -633,7 +633,12 @@ def ranks_by_score(
     return ranks
 
 
-def _highest(scores: Sequence[float], share: float) -> list[int]:
+def highest_layers(scores: Sequence[float], share: float) -> list[int]:
+    """The share of the layers, in percent, with the highest scores, highest first, ties to the lower index.
+
+    Raises:
+        UserError: a score that is not finite.
+    """
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             raise UserError(

@@ -48,7 +48,7 @@ class Recipe:
     Raises:
         UserError: a value of the wrong kind, a score of no such name, a share outside (0, 100], no probe batches, only
             one of sampled_depth and calibration, sampled_depth without a score of the probe, a share in full outside
-            [0, 100), or that or unequal ranks without a probe to choose by.
+            [0, 100), or that or unequal ranks without a probe to choose by, a rank by type without "by-type".
     """
 
     score: str = UNIFORM
@@ -94,6 +94,9 @@ class Recipe:
             raise UserError(
                 f"ranks is {self.ranks!r}, but score {self.score!r} has no probe to rank modules by"
             )
+        for name in ("attention_rank", "mlp_rank"):
+            if self.ranks != "by-type" and getattr(self, name) != getattr(Recipe, name):
+                raise UserError(f"{name} goes with ranks by-type, not {self.ranks}: drop one of the two")
         if (self.sampled_depth is None) != (self.calibration is None):
             raise UserError(
                 "sampled_depth and calibration, a file from `aletheia cost`, go together: give both"

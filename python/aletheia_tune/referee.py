@@ -541,11 +541,11 @@ def _equal_time(runs: _Runs, result: RaceResult, chosen: Mapping[str, float], se
     """The task's arms for equal time as one race, run one by one: their models need not fit into memory together."""
     task = runs.task
     alone = []
-    for name in task.equal_time:
-        contestant = next(one for one in task.challengers if one.name == name)
-        steps = _equal_time_steps(task, result, contestant)
-        arm = _equal_time_arm(contestant, chosen[name], seed, steps)
-        alone.append(runs.race(f"seed-{seed}-equal-time", [arm]))
+    for contestant in task.challengers:
+        if contestant.name in task.equal_time:
+            steps = _equal_time_steps(task, result, contestant)
+            arm = _equal_time_arm(contestant, chosen[contestant.name], seed, steps)
+            alone.append(runs.race(f"seed-{seed}-equal-time", [arm]))
     return RaceResult(tuple(arm for one in alone for arm in one.arms), alone[0].meta)
 
 

@@ -105,6 +105,7 @@ def test_plans_of_recipes(given_task):
         ({"full": 10}, "score 'uniform' has no probe to choose modules by"),
         ({"score": "top", "layers": 50, "full": 10}, "score 'top' has no probe"),
         ({"mlp_rank": 0}, "mlp_rank is 0"),
+        ({"mlp_rank": 8}, "mlp_rank goes with ranks by-type, not uniform"),
         ({"probe_batches": 0}, "probe_batches is 0"),
         ({"probe_batch_size": 0}, "probe_batch_size is 0"),
         ({"sampled_depth": 80, "score": "fisher"}, "go together"),
