@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from aletheia_tune.errors import NonFiniteLoss, UserError
+from aletheia_tune.head import labelled_head
 from aletheia_tune.layers import bare_model
 from aletheia_tune.lora_layers import is_lora_linear, undisturbed
 
@@ -74,9 +75,9 @@ def gradient_start(
 
     A [r, in] gets orthogonal rows that span the leading right singular directions of the gradient, all of norm
     1 / √3, so that ‖A‖² = r / 3 is what PEFT's own initialisation (Kaiming, uniform in ±1 / √in) has on average; B is
-    0. It costs one forward and one backward pass a batch, in evaluation mode, and (k + l) · tokens · (in + out)
-    multiply-adds a module, k and l as in `_Sketch`. Gradients of the adapters are None afterwards; all else is left
-    as it was.
+    0. It costs one forward and one backward pass a batch, in evaluation mode, with logits for the labelled rows alone
+    where the model's head allows it, and (k + l) · tokens · (in + out) multiply-adds a module, k and l as in
+    `_Sketch`. Gradients of the adapters are None afterwards; all else is left as it was.
 
     Args:
         model: with adapters on linears, not yet on this package's operators.
@@ -108,7 +109,9 @@ def gradient_start(
         device = layer.lora_A[adapter_name].weight.device
         sketches[name] = layer, _Sketch(layer.in_features, layer.out_features, rank, generator, device)
         nn.init.zeros_(layer.lora_B[adapter_name].weight)
-    with undisturbed(model), torch.enable_grad():
+    with undisturbed(model), torch.enable_grad(), labelled_head(model) as head:
+        # Of the model alone, not of its parts, whose dropout stays off: in evaluation a head makes all logits.
+        bare_model(model).training = head.active
         handles = [module.register_forward_hook(_watch(sketch)) for module, sketch in sketches.values()]
         try:
             for batch in batches:

@@ -8,6 +8,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from aletheia_kernels import linear_cross_entropy
+from aletheia_tune import head
 from aletheia_tune.data import batches, load_examples
 from aletheia_tune.errors import NonFiniteLoss, UserError
 from aletheia_tune.loading import load_model
@@ -87,8 +89,12 @@ def test_the_function_is_unchanged_and_all_else_is_left_as_it_was(tiny_model_dir
     for _, module in model.named_modules():
         if hasattr(module, "lora_B"):
             torch.nn.init.ones_(module.lora_B["default"].weight)  # whatever was there
+    frozen = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     state = torch.get_rng_state()
     gradient_start(model, chosen)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
@@ -106,6 +112,21 @@ def test_the_seed_alone_decides(tiny_model_dir, chosen, started):
     for (a, _), (b, _), (c, _) in zip(*(factors(m).values() for m in (started, again, other)), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def test_logits_are_made_for_labelled_rows_alone(tiny_model_dir, chosen, monkeypatch):
+    model = adapted(load_model(tiny_model_dir, "float32")[0])
+    rows: list[int] = []
+
+    def counting(hidden: Tensor, *args, **kwargs) -> Tensor:
+        rows.append(len(hidden))
+        return linear_cross_entropy(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(head, "linear_cross_entropy", counting)
+    gradient_start(model, chosen)
+    labelled = [int((batch["labels"][:, 1:] != -100).sum()) for batch in chosen]
+    assert rows[-len(chosen) :] == labelled
+    assert all(count < batch["labels"].numel() for count, batch in zip(labelled, chosen, strict=True))
 
 
 def test_stock_peft_loads_what_is_saved(tiny_model_dir, started, tmp_path):
