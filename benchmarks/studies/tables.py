@@ -170,6 +170,15 @@ def time_to_target(verdict: Verdict) -> list[str]:
     return table(header, rows)
 
 
+def evaluated_on_the_way(verdict: Verdict) -> bool:
+    """Whether any arm has a curve, and not its beginning and end alone."""
+    return any(
+        len(arm["training"]["evals"]) > 2
+        for races in verdict["races"].values()
+        for arm in races["race"]["arms"]
+    )
+
+
 def picture(verdict: Verdict) -> str:
     """Held-out loss over time of the first seed, as SVG: the race, and the runs at equal time."""
     seed, races = next(iter(verdict["races"].items()))
@@ -355,7 +364,8 @@ def write_tables() -> None:
             lines = selection(content)
         else:
             lines = time_to_target(content)
-            (PAGE.parent / f"race-{path.stem}.svg").write_text(picture(content), encoding="utf-8")
+            if evaluated_on_the_way(content):
+                (PAGE.parent / f"race-{path.stem}.svg").write_text(picture(content), encoding="utf-8")
         facts = content.get("machine", {})
         lines += (
             ["", f"*{', '.join(f'{key}: {facts[key]}' for key in MACHINE if key in facts)}*"] if facts else []
