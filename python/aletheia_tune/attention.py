@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from aletheia_kernels import backends, range_attention
 from aletheia_tune.layers import bare_model
+from aletheia_tune.shared_keys import SharedBeginning, shared_beginning
 from aletheia_tune.torch_state import counts_writes, version_of
 
 NAME = "aletheia"
@@ -40,19 +41,20 @@ def ranges_of(mask: Tensor) -> Ranges | None:
     return first.int(), last.int()
 
 
-def _ranges(
+def _seen(
     mask: Tensor | None, batch: int, length: int, causal: bool, device: torch.device
-) -> Ranges | None:
+) -> Ranges | SharedBeginning | None:
+    """What the queries see, in one of the forms that the operator can be given; None if in neither."""
     if mask is None:
         position = torch.arange(1, length + 1, dtype=torch.int32, device=device)
         last = position if causal else torch.full_like(position, length)
         return torch.zeros_like(last).expand(batch, length), last.expand(batch, length)
     version, found = _known.get(mask, (None, None))
     if version != version_of(mask) or not counts_writes(mask):
-        found = ranges_of(mask)
+        found = shared_beginning(mask) or ranges_of(mask)
         _known[mask] = (version_of(mask), found)
-    if found is None:
-        return None
+    if found is None or isinstance(found, SharedBeginning):
+        return found
     first, last = found
     return first.expand(batch, -1), last.expand(batch, -1)
 
@@ -87,12 +89,15 @@ def attention_forward(
         and backends.choose("range_attention", query.device, query.dtype).backend != "reference"
     )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    found = _ranges(attention_mask, query.shape[0], query.shape[2], causal, query.device) if serves else None
-    if found is None:
+    seen = _seen(attention_mask, query.shape[0], query.shape[2], causal, query.device) if serves else None
+    if seen is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
-    return range_attention(query, key, value, *found, scale=scaling).transpose(1, 2), None
+    if isinstance(seen, SharedBeginning):
+        key, value = seen.repeated(key), seen.repeated(value)
+        seen = (seen.first, seen.last)
+    return range_attention(query, key, value, *seen, scale=scaling).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -182,7 +182,10 @@ Accumulation = Annotated[
 GroupByLength = Annotated[
     bool, typer.Option("--group-by-length", help="Examples of like length share a batch.")
 ]
-Packing = Annotated[bool, typer.Option("--packing", help="Batches without padding, in one row.")]
+Packing = Annotated[
+    bool,
+    typer.Option("--packing", help="Batches without padding, in one row; what all examples begin with once."),
+]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 LoraPlus = Annotated[float, typer.Option(help="LoRA+: learning rate of B over that of A.")]
 FullRate = Annotated[

@@ -12,6 +12,7 @@ from peft import PeftModel
 from aletheia_tune.errors import UserError
 
 NO_PREFIX_CACHE = "none: no directory was given"
+NO_PACKING = "none: batches are padded"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class TrainResult:
         setup_seconds: from the plan to the first evaluation, but for a start from the gradient: adapters attached,
             forwards patched.
         prefix_cache: how many examples' prefix was read, computed and kept, and computed anew; or why there was none.
+        packing: whether what all examples of a packed batch begin with was computed once, and why not.
         stopped: why training ended early; None when it ran to its end.
         config: the `TrainConfig` as a dictionary.
         versions: of Python and the packages.
@@ -94,6 +96,7 @@ class TrainResult:
     versions: dict[str, str]
     setup_seconds: float = 0.0
     prefix_cache: str = NO_PREFIX_CACHE
+    packing: str = NO_PACKING
     classes: tuple[str, ...] | None = None
     model: PeftModel | None = field(default=None, repr=False, compare=False)
 
@@ -167,6 +170,7 @@ class TrainResult:
             "prefix_layers": self.prefix_layers,
             "setup_seconds": self.setup_seconds,
             "prefix_cache": self.prefix_cache,
+            "packing": self.packing,
             "head": self.head,
             "attention": self.attention,
             "norms": self.norms,
@@ -200,6 +204,7 @@ class TrainResult:
                 norms=values["norms"],
                 prefix_layers=values["prefix_layers"],
                 prefix_cache=values.get("prefix_cache", NO_PREFIX_CACHE),
+                packing=values.get("packing", NO_PACKING),
                 stopped=values["stopped"],
                 config=values["config"],
                 versions=values["versions"],

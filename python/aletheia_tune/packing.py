@@ -1,74 +1,78 @@
-"""Whether a model keeps apart the examples that lie one after another in one row, found by trying.
+"""The examples of a batch in one row without padding, and what all of them begin with in it once.
 
-A packed row has no padding and no mask: where an example begins is told by positions that start again at 0, from
-which transformers builds a mask or key ranges. A model that takes its positions or its mask from elsewhere (ALiBi,
-recurrent layers, a key-value cache in use) would let examples read each other without an error.
+Chat templates begin every example with the same tokens: those of a system message. A causal model's states of them are
+the same in every example (`shared_keys`), so the row has them before the first example alone. Positions go on behind
+them in each of the others, and a mask says what a token sees.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
-from aletheia_tune.errors import UserError
-from aletheia_tune.layers import bare_model
-
-_LENGTH = 8
-_ROUNDING = 4
-_SHARE = 0.25
+from aletheia_tune.data import IGNORED, Example
+from aletheia_tune.shared_keys import shared_mask
 
 
-def require_separation(model: nn.Module) -> None:
-    """Runs a packed row of two examples of 8 tokens, in the way that training and evaluation run the model.
+@dataclass(frozen=True)
+class PackingCollator:
+    """Packed batches, as a DataLoader or a Trainer takes them.
 
-    In training mode the second example's logits must not depend on the first one's tokens, within 4 roundings of the
-    model's dtype. In evaluation mode they must be those of the second example alone. There the two runs differ in
-    shape, so rounding grows with the model's depth; a yardstick for it is what the first example does to the second
-    when both are one text: a quarter of that is allowed. The model and the random numbers are left as they were.
-
-    Args:
-        model: a causal language model, bare or in PEFT, as it will be trained.
-
-    Raises:
-        UserError: the model cannot run a packed row, or does not keep its examples apart.
+    Attributes:
+        share: whether what the examples of a batch begin with is in it once.
     """
-    parameter = next(model.parameters())
-    bare: Any = bare_model(model)
-    vocabulary = bare.get_input_embeddings().weight.shape[0]
-    row = torch.arange(2 * _LENGTH, device=parameter.device) % vocabulary
-    other = torch.cat([(row[:_LENGTH] + 1) % vocabulary, row[_LENGTH:]])
-    positions = torch.arange(_LENGTH, device=parameter.device)
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
-    def second(ids: Tensor, training: bool, packed: bool = True) -> Tensor:
-        model.train(training)
-        torch.manual_seed(0)  # the same dropout in the runs that are compared
-        position_ids = (
-            positions.repeat(len(ids) // _LENGTH) if packed else torch.arange(len(ids), device=ids.device)
-        )
-        return model(input_ids=ids[None], position_ids=position_ids[None]).logits[0, -_LENGTH:].float()
+    share: bool
 
-    was_training = model.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            kept, changed = second(row, True), second(other, True)
-            packed, alone = second(row, False), second(row[_LENGTH:], False)
-            one_text = second(row, False, packed=False)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(
-            f"{type(bare).__name__} cannot run a packed batch ({type(error).__name__}: {error}): train without packing"
-        ) from error
-    finally:
-        model.train(was_training)
-    rounding = _ROUNDING * torch.finfo(parameter.dtype).eps
-    bound = torch.maximum(rounding * alone.abs().max(), _SHARE * (one_text - alone).abs().max())
-    for got, expected, allowed in (
-        (kept, changed, rounding * changed.abs().max()),
-        (packed, alone, bound),
-    ):
-        if not (got - expected).abs().max() <= allowed:
-            raise UserError(
-                f"{type(bare).__name__} does not keep the examples of a packed batch apart: train without packing"
-            )
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids` [1, length] int64, with `attention_mask` where something is shared.
+
+        The mask is boolean [1, 1, length, length]. Without one an example begins where positions start again at 0.
+        """
+        common = common_beginning(examples) if self.share else 0
+        first, *others = examples
+        rests = [first, *(_from(common, other) for other in others)]
+        batch: dict[str, Tensor] = DataCollatorWithFlattening()(rests)
+        if common:
+            ends = list(accumulate(len(rest["input_ids"]) for rest in rests))
+            starts = torch.tensor(ends[:-1])
+            batch["position_ids"][:, ends[0] :] += common
+            batch["attention_mask"] = shared_mask(common, starts, ends[-1])
+        return batch
+
+
+def common_beginning(examples: Sequence[Example]) -> int:
+    """How many tokens all examples begin with, fewer than the shortest has.
+
+    The last of them predicts another token in each example. So they end where that is none to be learned, before the
+    token that precedes an example's first label.
+    """
+    if len(examples) < 2:
+        return 0
+    columns = zip(*(example["input_ids"] for example in examples), strict=False)
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return min(same, *map(_unlearned, examples))
+
+
+def _from(start: int, example: Example) -> Example:
+    labels = example["labels"]
+    assert not isinstance(labels, int)
+    return {"input_ids": example["input_ids"][start:], "labels": labels[start:]}
+
+
+def _unlearned(example: Example) -> int:
+    labels = example["labels"]
+    assert not isinstance(labels, int)
+    return next((i for i, label in enumerate(labels[1:]) if label != IGNORED), len(labels) - 1)
+
+
+def tokens_in(batch: dict[str, Tensor]) -> int:
+    """Tokens that the examples of a packed batch have, each with its beginning."""
+    positions = batch["position_ids"][0]
+    ends = positions.diff(append=positions.new_full((1,), -1)) != 1
+    return int((positions[ends] + 1).sum())

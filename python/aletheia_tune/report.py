@@ -427,8 +427,9 @@ def _probe(plan: Plan) -> str:
 
 def _how(arm: ArmResult) -> str:
     linears = "this package's operators" if arm.kernels else "PEFT's own forward"
-    prefix = arm.training.prefix_layers
+    training = arm.training
     return (
-        f"{linears}; attention in training: {arm.training.attention}; norms on operators: {arm.training.norms}; "
-        f"head and loss over {arm.training.head}; layers that run without a graph: {prefix}"
+        f"{linears}; attention in training: {training.attention}; norms on operators: {training.norms}; "
+        f"head and loss over {training.head}; packing: {training.packing}; "
+        f"layers that run without a graph: {training.prefix_layers}"
     )

@@ -21,7 +21,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -35,13 +35,14 @@ from aletheia_tune.evaluation import held_out
 from aletheia_tune.full import float32_weights
 from aletheia_tune.kernels import KernelsInUse, use_kernels
 from aletheia_tune.layers import positions_of
-from aletheia_tune.metrics import NO_PREFIX_CACHE, EvalRecord, StepRecord, TrainResult
-from aletheia_tune.packing import require_separation
+from aletheia_tune.metrics import NO_PACKING, NO_PREFIX_CACHE, EvalRecord, StepRecord, TrainResult
+from aletheia_tune.packing import PackingCollator, tokens_in
 from aletheia_tune.prefix import PrefixCut, cut_prefix
 from aletheia_tune.prefix_cache import PrefixCache, cache_prefix
 from aletheia_tune.quantised import kept_layout
 from aletheia_tune.rates import parameter_groups
 from aletheia_tune.sampled_depth import DepthSampler, sampled_depth
+from aletheia_tune.separation import require_separation, why_not_shared
 from aletheia_tune.shrink import Shrinking, lowest_kept
 from aletheia_tune.start import gradient_start
 from aletheia_tune.training_config import FREE_SETTINGS, TrainConfig
@@ -175,8 +176,18 @@ def fine_tune(
                 if kernels.head.active:
                     # The Trainer's own would keep the labels from the model and ask it for all logits.
                     trainer.label_smoother = None
+            packing = NO_PACKING
             if config.packing:
                 require_separation(peft_model)
+                apart = (
+                    "the prefix cache keeps whole ones"
+                    if config.prefix_cache is not None
+                    else why_not_shared(
+                        peft_model, max(len(example["input_ids"]) for example in train_examples)
+                    )
+                )
+                trainer.data_collator = PackingCollator(share=not apart)
+                packing = f"examples in whole: {apart}" if apart else "a common beginning once"
             if config.prefix_cache is not None:
                 # After the operators, whose rounding is part of what it keeps.
                 keep = partial(
@@ -212,6 +223,7 @@ def fine_tune(
             norms="none: kernels are off" if kernels is None else str(kernels.norms),
             prefix_layers=cut.lowest_layer or 0,
             prefix_cache=NO_PREFIX_CACHE if cache is None else str(cache),
+            packing=packing,
             stopped=None if stop is None else str(stop),
             # In JSON's types, so that what is read back is equal.
             config=json.loads(json.dumps(dataclasses.asdict(config))),
@@ -454,8 +466,8 @@ class _Trainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        mask = inputs.get("attention_mask")  # a packed batch has none, and no padding
-        self.run.step_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        packed = self.run.config.packing
+        self.run.step_tokens += tokens_in(inputs) if packed else int(inputs["attention_mask"].sum())
         started, forward = time.perf_counter(), self.run.forward_seconds
         loss = super().training_step(model, inputs, num_items_in_batch)
         forward = self.run.forward_seconds - forward
@@ -622,7 +634,7 @@ def _made(
         model=run.model,
         args=arguments,
         train_dataset=train_examples,
-        data_collator=DataCollatorWithFlattening() if config.packing else run.collator,
+        data_collator=run.collator,
         callbacks=callbacks,
     )
     trainer.run = run

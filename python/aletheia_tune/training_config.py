@@ -37,7 +37,8 @@ class TrainConfig:
         gradient_accumulation: forward passes in one optimizer step.
         group_by_length: examples of like length share a batch, so that less of it is padding.
         packing: the examples of a batch lie one after another in one row, without padding, and do not attend to each
-            other; the loss is that of the padded batch.
+            other; the loss is that of the padded batch. What all of them begin with (a chat template's system
+            message) is computed once where that changes nothing; with `prefix_cache` it is not.
         learning_rate: peak rate of AdamW (no weight decay, gradients clipped to norm 1).
         lora_plus: learning rate of the adapters' B over that of their A, which is `learning_rate` (LoRA+, arXiv
             2402.12354).

@@ -1,124 +1,198 @@
-"""Packed rows: the same loss and gradients as padded ones, or a refusal."""
+"""A packed row is its examples: what they begin with once, and the same losses and gradients."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     DataCollatorWithFlattening,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
+from aletheia_kernels import backends
+from aletheia_tune import attention
 from aletheia_tune.attention import kernel_attention
-from aletheia_tune.data import collate, load_examples
-from aletheia_tune.errors import UserError
-from aletheia_tune.head import labelled_head
-from aletheia_tune.loading import load_model
-from aletheia_tune.norms import kernel_norms
-from aletheia_tune.packing import require_separation
-from aletheia_tune.patch import apply_kernels
-from aletheia_tune.plan import uniform_plan
+from aletheia_tune.data import Example
+from aletheia_tune.packing import PackingCollator, common_beginning, tokens_in
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "use_cache": False,
+}
+served = pytest.mark.skipif(
+    backends.choose("range_attention", "cpu", torch.bfloat16).backend != "cpu",
+    reason="the attention operator needs a processor with AVX512-BF16",
+)
 
 
-def adapted(directory, dtype: str):
-    model, tokenizer = load_model(directory, dtype)
-    torch.manual_seed(0)
-    peft_model = get_peft_model(model, uniform_plan(model, rank=4, alpha=8).to_lora_config(model))
-    model.config.use_cache = False  # as the Trainer sets it
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return peft_model.train(), tokenizer
+def example(ids: list[int], learned_from: int) -> Example:
+    return {"input_ids": ids, "labels": [-100] * learned_from + ids[learned_from:]}
 
 
-def loss_and_gradients(model, batch) -> tuple[float, dict[str, Tensor]]:
+def conversations() -> list[Example]:
+    """Five examples of 11 to 30 tokens, of which the first 7 are the same and 3 more are not learned."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = (30, 11, 17, 24, 13)
+    system = torch.randint(1, 64, (7,), generator=draw).tolist()
+    return [
+        example([*system, *torch.randint(1, 64, (n - 7,), generator=draw).tolist()], learned_from=10)
+        for n in lengths
+    ]
+
+
+def llama(**settings: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **settings))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, use_cache=False)
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+def experts() -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SIZES,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            head_dim=8,
+            experts_implementation="eager",
+        )
+    )
+
+
+def loss_and_gradient(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    return loss.item(), gradients
+    gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    return loss.detach().double(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize(("dtype", "rel", "share"), [("float32", 1e-5, 1e-4), ("bfloat16", 1e-2, 5e-2)])
-def test_loss_and_gradients_are_those_of_the_padded_batch(
-    tiny_model_dir, train_file, kernels, dtype, rel, share
-):
-    model, tokenizer = adapted(tiny_model_dir, dtype)
-    examples = load_examples(train_file, tokenizer)[:5]
-    padded = collate(examples, tokenizer.pad_token_id)
-    packed = DataCollatorWithFlattening()(examples)
-    assert packed["input_ids"].shape == (1, padded["attention_mask"].sum())
-    with contextlib.ExitStack() as stack:
-        if kernels:
-            apply_kernels(model)
-            for context in (kernel_attention, kernel_norms, labelled_head):
-                stack.enter_context(context(model))
-        require_separation(model)
-        loss, gradients = loss_and_gradients(model, packed)
-        expected_loss, expected = loss_and_gradients(model, padded)
-    assert loss == pytest.approx(expected_loss, rel=rel)
-    for name, gradient in expected.items():
-        assert (gradients[name] - gradient).norm() <= share * gradient.norm(), name
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_cache_in_use_hides_where_examples_begin(tiny_model_dir, dtype):
-    model, _ = adapted(tiny_model_dir, dtype)
-    require_separation(model)
-    model.config.use_cache = True
-    with pytest.raises(
-        UserError, match="LlamaForCausalLM does not keep the examples of a packed batch apart"
-    ):
-        require_separation(model)
-    assert model.training
-
-
-def test_learned_positions_start_again_with_each_example():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2))
-    model.config.use_cache = False
-    state = torch.get_rng_state()
-    require_separation(model)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_rounding_through_many_layers_is_no_reading_of_the_other_example():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, num_hidden_layers=48, initializer_range=0.2, **sizes))
-    model.config.use_cache = False
-    require_separation(model)
-    model.config.use_cache = True
-    with pytest.raises(UserError, match="does not keep the examples"):
-        require_separation(model)
+def test_what_examples_begin_with_stands_once():
+    batch = PackingCollator(share=True)(
+        [example([5, 6, 7, 8, 9], 4), example([5, 6, 1], 3), example([5, 6, 2, 3, 4], 4)]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, -100, 9, -100, -100, -100, 4]]
+    assert batch["attention_mask"].dtype == torch.bool
+    assert batch["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1, 1],
+    ]
+    assert tokens_in(batch) == 13
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("examples", "common"),
     [
-        lambda: BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)),
-        lambda: MambaForCausalLM(
-            MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
-        ),
+        ([example([1, 2, 3, 4], 3)], 0),
+        ([example([1, 2, 3, 4], 3), example([9, 2, 3, 4], 3)], 0),
+        ([example([1, 2, 3, 4], 3), example([1, 2, 9, 4], 3)], 2),
+        # Token 2 predicts a label in one of them: what precedes it is the last to be shared.
+        ([example([1, 2, 3, 4, 5], 3), example([1, 2, 3, 4, 6], 4)], 2),
+        ([example([1, 2, 3], 1), example([1, 2, 4], 2)], 0),
+        ([example([1, 2, 3], 0), example([1, 2, 4], 0)], 0),
+        # Something of each is left, also of examples without a label and of one that begins another.
+        ([example([1, 2, 3], 3), example([1, 2, 3], 3)], 2),
+        ([example([1, 2, 3], 3), example([1, 2, 3, 4, 5], 5)], 2),
     ],
-    ids=["alibi", "recurrent"],
 )
-@pytest.mark.filterwarnings("ignore")
-def test_models_that_read_no_positions_are_refused(model):
+def test_a_beginning_ends_before_what_is_learned(examples, common):
+    assert common_beginning(examples) == common
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.integers(0, 8)), min_size=1),
+    st.booleans(),
+)
+def test_every_example_is_in_the_row(drawn, share):
+    examples = [example(ids, min(learned, len(ids))) for ids, learned in drawn]
+    batch = PackingCollator(share)(examples)
+    ids, positions, labels = (batch[name][0] for name in ("input_ids", "position_ids", "labels"))
+    assert tokens_in(batch) == sum(len(each["input_ids"]) for each in examples)
+    common = common_beginning(examples) if share else 0
+    if not common:
+        plain = DataCollatorWithFlattening()(examples)
+        assert batch.keys() == plain.keys()
+        assert all(torch.equal(batch[name], plain[name]) for name in plain)
+        return
+    end = 0
+    for number, each in enumerate(examples):
+        start, end = end, end + len(each["input_ids"]) - (common if number else 0)
+        columns = [*range(common), *range(start + (0 if number else common), end)]
+        seen = batch["attention_mask"][0, 0, end - 1].nonzero().flatten().tolist()
+        assert seen == columns
+        assert ids[columns].tolist() == each["input_ids"]
+        assert positions[columns].tolist() == list(range(len(columns)))
+        assert labels[columns][1:].tolist() == each["labels"][1:]
+    assert end == len(ids)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, experts])
+def test_loss_and_gradients_are_those_of_the_whole_examples(build):
     torch.manual_seed(0)
-    refused = model()
-    refused.config.use_cache = False
-    with pytest.raises(UserError, match="packed batch"):
-        require_separation(refused)
+    model = build().double().train()
+    examples = conversations()
+    shared, whole = PackingCollator(True)(examples), PackingCollator(False)(examples)
+    assert shared["input_ids"].shape[1] == whole["input_ids"].shape[1] - 4 * 7
+    loss, gradient = loss_and_gradient(model, shared)
+    expected_loss, expected = loss_and_gradient(model, whole)
+    assert (
+        loss - expected_loss
+    ).abs() <= 1e-6 * expected_loss  # transformers makes losses and norms in float32
+    assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+
+
+@served
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_operator_is_as_near_to_float64_as_sdpa(monkeypatch, checkpointing):
+    torch.manual_seed(0)
+    model = llama().bfloat16().train()
+    exact = llama().double().train()
+    exact.load_state_dict(model.state_dict())
+    examples = conversations()
+    exact_loss, exact_gradient = loss_and_gradient(exact, PackingCollator(False)(examples))
+    plain_loss, plain_gradient = loss_and_gradient(model, PackingCollator(False)(examples))
+    keys: list[int] = []
+    original = attention.range_attention
+
+    def counting(query, key, value, *args, **kwargs):
+        keys.append(key.shape[2])
+        return original(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "range_attention", counting)
+    with contextlib.ExitStack() as stack:
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        assert stack.enter_context(kernel_attention(model)).active
+        loss, gradient = loss_and_gradient(model, PackingCollator(True)(examples))
+    tokens = sum(len(each["input_ids"]) for each in examples)
+    assert keys == [tokens] * 3 * (2 if checkpointing else 1)
+    assert (loss - exact_loss).abs() <= 2 * (plain_loss - exact_loss).abs() + torch.finfo(torch.bfloat16).eps
+    assert (gradient - exact_gradient).norm() <= 2 * (plain_gradient - exact_gradient).norm() + 1e-5

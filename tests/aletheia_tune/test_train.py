@@ -415,6 +415,37 @@ def test_packing_is_the_padded_batch_without_padding(tune, tmp_path):
         assert [mine.grad_norm, other.grad_norm] == pytest.approx([theirs.grad_norm] * 2, rel=1e-3)
 
 
+def test_examples_have_their_common_beginning_once_in_a_packed_batch(tune, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, packing=True)
+    rows: dict[str, list[int]] = {}
+
+    def run(name: str, config: TrainConfig) -> TrainResult:
+        rows[name] = []
+
+        def watch(model: Any) -> None:
+            model.get_input_embeddings().register_forward_hook(
+                lambda module, _, output: rows[name].append(output.shape[1]) if module.training else None
+            )
+
+        return tune(tmp_path / name, config, changes=[watch])
+
+    assert run("padded", CONFIG).packing == "none: batches are padded"
+    shared = run("shared", config)
+    assert shared.packing == "a common beginning once"
+    cached = run("cached", dataclasses.replace(config, prefix_cache=str(tmp_path / "cache")))
+    assert cached.packing == "examples in whole: the prefix cache keeps whole ones"
+    monkeypatch.setattr(train, "why_not_shared", lambda *_: "told so")
+    whole = run("whole", config)
+    assert whole.packing == "examples in whole: told so"
+    # "repeat" begins every prompt: of a batch of 4 examples three have it from the first one.
+    steps = CONFIG.steps
+    assert [tokens + 3 for tokens in rows["shared"][-steps:]] == rows["whole"][-steps:]
+    for mine, theirs in zip(shared.history, whole.history, strict=True):
+        assert mine.tokens == theirs.tokens
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+
+
 def test_grouping_by_length_leaves_less_padding_in_an_order_of_the_seed(tune, tmp_path):
     config = dataclasses.replace(CONFIG, steps=24, group_by_length=True)  # two epochs
     widths: dict[str, list[int]] = {}
