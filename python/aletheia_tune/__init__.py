@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aletheia_tune.loading import load_model
     from aletheia_tune.merge import merge_adapter
     from aletheia_tune.metrics import TrainResult
+    from aletheia_tune.packing import PackingCollator
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
     from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from aletheia_tune.race import Arm, RaceResult
     from aletheia_tune.scores import ModuleScore, Scores
     from aletheia_tune.scores.merge import merge_scores
+    from aletheia_tune.separation import require_separation, why_not_shared
     from aletheia_tune.start import gradient_start
     from aletheia_tune.train import fine_tune
     from aletheia_tune.training_config import TrainConfig
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "use_kernels": "kernels",
     "positions_of": "layers",
     "merge_adapter": "merge",
+    "PackingCollator": "packing",
     "PatchReport": "patch",
     "apply_kernels": "patch",
     "restore": "patch",
@@ -67,6 +70,8 @@ _MODULE_OF = {
     "ModuleScore": "scores",
     "Scores": "scores",
     "merge_scores": "scores.merge",
+    "require_separation": "separation",
+    "why_not_shared": "separation",
     "gradient_start": "start",
     "TrainConfig": "training_config",
     "TrainResult": "metrics",
@@ -84,6 +89,7 @@ __all__ = [
     "ModulePlan",
     "ModuleScore",
     "NonFiniteLoss",
+    "PackingCollator",
     "PatchReport",
     "Plan",
     "PrefixCut",
@@ -110,11 +116,13 @@ __all__ = [
     "plan_of_first",
     "positions_of",
     "predict",
+    "require_separation",
     "restore",
     "save_checkpoint",
     "scores_of_all",
     "uniform_plan",
     "use_kernels",
+    "why_not_shared",
 ]
 
 
