@@ -49,8 +49,8 @@ class PackingCollator:
 def common_beginning(examples: Sequence[Example]) -> int:
     """How many tokens all examples begin with, fewer than the shortest has.
 
-    The last of them predicts another token in each example. So they end where that is none to be learned, before the
-    token that precedes an example's first label.
+    The last of them is followed by another token in each example, so its prediction must be one that is not learned:
+    they end before the token that precedes an example's first label.
     """
     if len(examples) < 2:
         return 0

@@ -25,7 +25,8 @@ _COMMON = 4
 _SEED = 0
 _ROUNDING = 4
 _SHARE = 0.25
-_REFUSALS = (TypeError, ValueError, RuntimeError, IndexError)
+# What models say to inputs that they do not know.
+_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 def require_separation(model: nn.Module) -> None:

@@ -27,7 +27,9 @@ def shared_mask(common: int, starts: Tensor, length: int) -> Tensor:
     """
     position = torch.arange(length, device=starts.device)
     example = torch.searchsorted(starts, position, right=True)
-    return ((example[:, None] == example) | (position < common)).tril()[None, None]
+    seen = example[:, None] == example
+    seen[:, :common] = True
+    return seen.tril_()[None, None]
 
 
 @dataclass(frozen=True)
