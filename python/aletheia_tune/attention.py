@@ -96,7 +96,7 @@ def attention_forward(
         )
     if isinstance(seen, SharedBeginning):
         key, value = seen.repeated(key), seen.repeated(value)
-        seen = (seen.first, seen.last)
+        seen = seen.first.expand(len(query), -1), seen.last.expand(len(query), -1)
     return range_attention(query, key, value, *seen, scale=scaling).transpose(1, 2), None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aletheia_tune.attention import NAME as OPERATOR
 from aletheia_tune.data import IGNORED
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model
@@ -25,6 +26,7 @@ _COMMON = 4
 _SEED = 0
 _ROUNDING = 4
 _SHARE = 0.25
+_CHOICES_OF_KEYS = ("keep_window_size", "index_topk", "index_block_size", "index_topk_blocks")
 # What models say to inputs that they do not know.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
@@ -37,6 +39,9 @@ def require_separation(model: nn.Module) -> None:
     shape, so rounding grows with the model's depth; a yardstick for it is what the first example does to the second
     when both are one text: a quarter of that is allowed. The model and the random numbers are left as they were.
 
+    So few tokens do not show a model that chooses keys by their place in a long row (Doge's `keep_window_size`, the
+    indexers of sparse attention): it is known by its configuration.
+
     Args:
         model: a causal language model, bare or in PEFT, as it will be trained.
 
@@ -44,6 +49,13 @@ def require_separation(model: nn.Module) -> None:
         UserError: the model cannot run a packed row, or does not keep its examples apart.
     """
     name = type(bare_model(model)).__name__
+    config = bare_model(model).config.get_text_config()
+    for choice in _CHOICES_OF_KEYS:
+        if getattr(config, choice, None) is not None:
+            raise UserError(
+                f"{name} chooses keys by their place in a row ({choice}), across the examples of a packed batch: train "
+                "without packing"
+            )
     row = _tokens(model, 2 * _LENGTH)
     other = torch.cat([_others(model, row[:_LENGTH]), row[_LENGTH:]])
     positions = torch.arange(_LENGTH, device=row.device)
@@ -83,15 +95,20 @@ def why_not_shared(model: nn.Module, longest: int) -> str:
     that has the 4 tokens twice, within a quarter of what other tokens in their place do to them, and the second
     example's must not depend on the first one's own tokens. The model and the random numbers are left as they were.
 
+    Attention has to be SDPA or this package's operator: others read no mask of this form, or fail on it.
+
     Args:
         model: one that has passed `require_separation`.
         longest: tokens of the longest example.
     """
     config = bare_model(model).config.get_text_config()
+    attention = config._attn_implementation
+    if attention not in ("sdpa", OPERATOR):
+        return f"the model's attention is {attention}, not sdpa"
     # One mask is given for all layers.
     for name in ("sliding_window", "attention_chunk_size"):
         width = getattr(config, name, None)
-        if width is not None and width < longest:
+        if width is not None and 0 <= width < longest:
             return f"{name} is {width} and an example has {longest} tokens"
     if getattr(config, "output_router_logits", False):
         return "the routers' loss counts tokens"
@@ -149,12 +166,13 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], training: bool) -> Tenso
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cards(model)):
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _random_state(model: nn.Module) -> list[Tensor]:

@@ -51,7 +51,7 @@ class SharedBeginning:
     last: Tensor
 
     def repeated(self, x: Tensor) -> Tensor:
-        """Keys or values of the row [1, heads, length, dim] in their places [1, heads, places, dim]."""
+        """Keys or values of rows [batch, heads, length, dim] in their places [batch, heads, places, dim]."""
         repeated: Tensor = _Repeated.apply(x, self)
         return repeated
 

@@ -196,3 +196,19 @@ def test_the_operator_is_as_near_to_float64_as_sdpa(monkeypatch, checkpointing):
     assert keys == [tokens] * 3 * (2 if checkpointing else 1)
     assert (loss - exact_loss).abs() <= 2 * (plain_loss - exact_loss).abs() + torch.finfo(torch.bfloat16).eps
     assert (gradient - exact_gradient).norm() <= 2 * (plain_gradient - exact_gradient).norm() + 1e-5
+
+
+@served
+def test_one_mask_may_serve_several_rows():
+    torch.manual_seed(0)
+    model = llama().bfloat16().train()
+    batch = PackingCollator(True)(conversations())
+    mask, positions = batch["attention_mask"], batch["position_ids"]
+    rows = torch.randint(1, 64, (2, mask.shape[-1]))
+    with kernel_attention(model) as state:
+        assert state.active
+        both = model(input_ids=rows, position_ids=positions, attention_mask=mask).logits
+        each = [
+            model(input_ids=row[None], position_ids=positions, attention_mask=mask).logits for row in rows
+        ]
+    torch.testing.assert_close(both, torch.cat(each), rtol=2e-2, atol=2e-2)

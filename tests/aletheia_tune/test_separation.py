@@ -179,22 +179,45 @@ def test_a_loss_of_routers():
     assert why_not_shared(model, longest=8) == "the routers' loss counts tokens"
 
 
-def test_attention_that_adds_its_mask():
-    assert why_not_shared(bare_llama(attn_implementation="eager"), longest=8) == "logits are others then"
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_attention_that_reads_no_such_mask_is_not_tried(monkeypatch, attention):
+    model = bare_llama(use_cache=False)
+    assert why_not_shared(model, longest=8) == ""
+    model.set_attn_implementation(attention)
+    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("tried"))
+    assert why_not_shared(model, longest=8) == f"the model's attention is {attention}, not sdpa"
 
 
-@pytest.mark.parametrize("seen", ["other examples", "no beginning"])
-def test_a_mask_that_is_not_obeyed(monkeypatch, seen):
+def test_keys_that_are_chosen_by_their_place():
+    model = bare_llama(use_cache=False)
+    require_separation(model)
+    model.config.index_topk = 2048
+    with pytest.raises(UserError, match=r"chooses keys by their place in a row \(index_topk\)"):
+        require_separation(model)
+
+
+def test_every_module_is_in_its_mode_again():
+    model = bare_llama(use_cache=False).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    require_separation(model)
+    why_not_shared(model, longest=8)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("fault", ["no beginning", "a little of another example"])
+def test_a_mask_that_is_not_obeyed(monkeypatch, fault):
     model = bare_llama(use_cache=False)
     layer = type(model.model.layers[0])
     original = layer.forward
 
     def disobey(self, hidden, *args, attention_mask=None, **kwargs):
         if attention_mask is not None and attention_mask.shape[-1] == 12:
-            attention_mask = attention_mask.clone()
-            attention_mask[..., 8:, slice(4) if seen == "no beginning" else slice(4, 8)] = (
-                seen != "no beginning"
-            )
+            attention_mask, hidden = attention_mask.clone(), hidden.clone()
+            if fault == "no beginning":
+                attention_mask[..., 8:, :4] = False
+            else:
+                hidden[:, 8:] += 1e-3 * hidden[:, 4:5]
         return original(self, hidden, *args, attention_mask=attention_mask, **kwargs)
 
     assert why_not_shared(model, longest=8) == ""

@@ -415,8 +415,18 @@ def test_packing_is_the_padded_batch_without_padding(tune, tmp_path):
         assert [mine.grad_norm, other.grad_norm] == pytest.approx([theirs.grad_norm] * 2, rel=1e-3)
 
 
-def test_examples_have_their_common_beginning_once_in_a_packed_batch(tune, tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, packing=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernels": False, "label_smoothing": 0.1},
+        {"gradient_accumulation": 2, "label_smoothing": 0.1},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_examples_have_their_common_beginning_once_in_a_packed_batch(tune, tmp_path, monkeypatch, options):
+    config = dataclasses.replace(CONFIG, packing=True, **options)
     rows: dict[str, list[int]] = {}
 
     def run(name: str, config: TrainConfig) -> TrainResult:
@@ -438,8 +448,8 @@ def test_examples_have_their_common_beginning_once_in_a_packed_batch(tune, tmp_p
     whole = run("whole", config)
     assert whole.packing == "examples in whole: told so"
     # "repeat" begins every prompt: of a batch of 4 examples three have it from the first one.
-    steps = CONFIG.steps
-    assert [tokens + 3 for tokens in rows["shared"][-steps:]] == rows["whole"][-steps:]
+    count = CONFIG.steps * config.gradient_accumulation
+    assert [tokens + 3 for tokens in rows["shared"][-count:]] == rows["whole"][-count:]
     for mine, theirs in zip(shared.history, whole.history, strict=True):
         assert mine.tokens == theirs.tokens
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
