@@ -8,8 +8,6 @@ other without an error, or leave them without their beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from aletheia_tune.attention import NAME as OPERATOR
 from aletheia_tune.data import IGNORED
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import bare_model
+from aletheia_tune.lora_layers import undisturbed
 from aletheia_tune.packing import PackingCollator
 
 _LENGTH = 8
@@ -68,7 +67,7 @@ def require_separation(model: nn.Module) -> None:
         return _logits(model, batch, training)[-_LENGTH:]
 
     try:
-        with _left_as_it_was(model):
+        with undisturbed(model):
             kept, changed = second(row, True), second(other, True)
             packed, alone = second(row, False), second(row[_LENGTH:], False)
             one_text = second(row, False, packed=False)
@@ -121,7 +120,7 @@ def why_not_shared(model: nn.Module, longest: int) -> str:
         return _logits(model, {name: value.to(common.device) for name, value in batch.items()}, training=True)
 
     try:
-        with _left_as_it_was(model):
+        with undisturbed(model):
             torch.manual_seed(_SEED)
             state = _random_state(model)
             plain = logits(False, common, first, second)
@@ -164,20 +163,6 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], training: bool) -> Tenso
     return logits[0].float()
 
 
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_cards(model)):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _random_state(model: nn.Module) -> list[Tensor]:
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _cards(model))]
-
-
-def _cards(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    cards = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cards)]

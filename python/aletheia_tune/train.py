@@ -179,13 +179,11 @@ def fine_tune(
             packing = NO_PACKING
             if config.packing:
                 require_separation(peft_model)
-                apart = (
-                    "the prefix cache keeps whole ones"
-                    if config.prefix_cache is not None
-                    else why_not_shared(
+                apart = "the prefix cache keeps whole ones"
+                if config.prefix_cache is None:
+                    apart = why_not_shared(
                         peft_model, max(len(example["input_ids"]) for example in train_examples)
                     )
-                )
                 trainer.data_collator = PackingCollator(share=not apart)
                 packing = f"examples in whole: {apart}" if apart else "a common beginning once"
             if config.prefix_cache is not None:

@@ -16,15 +16,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from aletheia_kernels import backends
 from aletheia_tune import attention
 from aletheia_tune.attention import kernel_attention, ranges_of
+from tests.training_case import loss_and_gradient, served
 
-# Elsewhere the model stays on its own attention, which the first test of refusals covers.
-served = pytest.mark.skipif(
-    backends.choose("range_attention", "cpu", torch.bfloat16).backend != "cpu",
-    reason="the attention operator needs a processor with AVX512-BF16",
-)
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -64,13 +59,6 @@ def operator_calls(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(attention, "range_attention", counting)
     return calls
-
-
-def loss_and_gradient(model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach().double(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
 @served

@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 
 from aletheia_tune import norms
 from aletheia_tune.norms import kernel_norms
+from tests.training_case import loss_and_gradient
 
 SIZES = {
     "vocab_size": 64,
@@ -107,13 +108,6 @@ def randomise_norms(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             nn.init.normal_(parameter, 0.5, 0.3)
-
-
-def loss_and_gradient(model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach().double(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

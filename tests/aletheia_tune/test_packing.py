@@ -19,11 +19,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from aletheia_kernels import backends
 from aletheia_tune import attention
 from aletheia_tune.attention import kernel_attention
 from aletheia_tune.data import Example
 from aletheia_tune.packing import PackingCollator, common_beginning, tokens_in
+from tests.training_case import loss_and_gradient, served
 
 SIZES = {
     "vocab_size": 64,
@@ -34,10 +34,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "use_cache": False,
 }
-served = pytest.mark.skipif(
-    backends.choose("range_attention", "cpu", torch.bfloat16).backend != "cpu",
-    reason="the attention operator needs a processor with AVX512-BF16",
-)
 
 
 def example(ids: list[int], learned_from: int) -> Example:
@@ -76,14 +72,6 @@ def experts() -> Qwen3MoeForCausalLM:
             experts_implementation="eager",
         )
     )
-
-
-def loss_and_gradient(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
-    return loss.detach().double(), torch.cat(gradients)
 
 
 def test_what_examples_begin_with_stands_once():
