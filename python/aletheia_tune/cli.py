@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from aletheia_tune.plan import Plan
 
 _COMMAND = "aletheia.command"
+# Options of a plan that mean nothing where there are no scores.
+_BY_SCORES = (
+    "scores",
+    "full",
+    "ranks",
+    "attention_rank",
+    "mlp_rank",
+    "budget",
+    "calibration",
+    "frontier",
+)
 # Of a training's metrics, what is left to metrics.json.
 _LONG = ("format", "version", "history", "evals", "patch_report", "config", "versions")
 
@@ -337,11 +348,20 @@ def plan(
         Path | None, typer.Argument(metavar="[PLAN]", help="A plan that is there, to be shown.")
     ] = None,
     scores: Annotated[Path | None, typer.Option(help="Scores, as `aletheia probe` writes them.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of --scores: every layer of this model, or those of --control; no probe."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Draw the layers, their scores and ranks.")] = False,
     layers: Annotated[
         str | None,
-        typer.Option(help="Share of the layers to adapt, those of highest score (50%; with --full, 100%)."),
+        typer.Option(
+            help="Share of the layers to adapt, those of highest score (50%; with --full, or --model and no --control, "
+            "100%)."
+        ),
     ] = None,
     full: Annotated[
         str | None,
@@ -394,9 +414,11 @@ def plan(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Choose the layers and the ranks of their adapters from the scores.
+    """Choose the layers and the ranks of their adapters, from scores or, for every layer, from the model alone.
 
     Example: [bold]aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]
+
+    All layers, no probe: [bold]aletheia plan --model ./my-model --rank 4 --alpha 32 --out plan.json[/bold]
 
     Within a time budget: [bold]aletheia plan --scores scores.json --budget 60% --calibration cost.json
     --out plan.json[/bold]
@@ -405,7 +427,8 @@ def plan(
     A plan that is there, as a picture: [bold]aletheia plan plan.json --show[/bold]
     """
     from aletheia_tune import files
-    from aletheia_tune.plan import Plan, make_plan
+    from aletheia_tune.loading import load_shape
+    from aletheia_tune.plan import Plan, make_plan, unscored_plan
     from aletheia_tune.scores import Scores
 
     if show and as_json:
@@ -415,8 +438,28 @@ def plan(
         shown = Plan.from_json(_read(existing, "plan"))
         _tell_plan(shown, existing, show=True, as_json=as_json)
         return
+    if model is not None and out is not None:
+        _goes_without(ctx, "--model, which has no scores,", *_BY_SCORES)
+        files.check_output(out, overwrite, directory=False)
+        files.check_apart(out, model / "config.json")
+        share = layers or ("100%" if control is None else "50%")
+        made = unscored_plan(
+            load_shape(model),
+            control=control,
+            layers=_percent(share, "--layers"),
+            seed=seed,
+            rank=rank,
+            alpha=alpha,
+            rslora=rslora,
+            targets=targets,
+            dropout=dropout,
+        )
+        _keep_plan(ctx, made, out, overwrite=overwrite, show=show, as_json=as_json)
+        return
     if scores is None or out is None:
-        raise UserError("give --scores and --out to make a plan, or the file of a plan to show it")
+        raise UserError(
+            "give --scores, or --model for a plan without a probe, and --out; or the file of a plan to show it"
+        )
     files.check_output(out, overwrite, directory=False)
     files.check_apart(out, scores, calibration, frontier)
     if ranks is not Ranks.by_type:
@@ -474,9 +517,7 @@ def plan(
             targets=targets,
             dropout=dropout,
         )
-    made.meta["command"] = ctx.meta[_COMMAND]
-    files.write_text(out, made.to_json(), overwrite)
-    _tell_plan(made, out, show=show, as_json=as_json)
+    _keep_plan(ctx, made, out, overwrite=overwrite, show=show, as_json=as_json)
 
 
 @app.command()
@@ -853,7 +894,7 @@ def _only_shows(ctx: typer.Context) -> None:
     for name in ctx.params:
         if _is_given(ctx, name) and name not in ("existing", "show", "as_json"):
             raise UserError(
-                f"a plan that is there is only shown: drop {_option(name)}, or give --scores and no plan"
+                f"a plan that is there is only shown: drop {_option(name)}, or give --scores or --model and no plan"
             )
 
 
@@ -875,6 +916,16 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _keep_plan(
+    ctx: typer.Context, plan: Plan, out: Path, *, overwrite: bool, show: bool, as_json: bool
+) -> None:
+    from aletheia_tune import files
+
+    plan.meta["command"] = ctx.meta[_COMMAND]
+    files.write_text(out, plan.to_json(), overwrite)
+    _tell_plan(plan, out, show=show, as_json=as_json)
 
 
 def _tell_plan(plan: Plan, place: Path, *, show: bool, as_json: bool) -> None:

@@ -45,19 +45,7 @@ def load_model(
             dtype, a damaged file, or a checkpoint that lacks weights; as `load_classifier` raises it.
     """
     weights = dtype if dtype == "auto" else getattr(torch, known_dtype(dtype))
-    path = Path(model_dir)
-    local = path.exists()
-    if local and not path.is_dir():
-        raise UserError(f"model {model_dir} is a file: give the directory that holds config.json")
-    if local and not (path / "config.json").is_file():
-        raise UserError(
-            f"model directory {model_dir} has no config.json: give one written by save_pretrained"
-        )
-    if not local and (
-        path.is_absolute() or str(model_dir).startswith((".", "~")) or str(model_dir).count("/") != 1
-    ):
-        raise UserError(f"model directory {model_dir} does not exist")
-    source = str(path) if local else str(model_dir)
+    source, local = _source(model_dir)
     try:
         with no_progress_bars():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
@@ -77,11 +65,55 @@ def load_model(
         # The tokenizers' own errors have no class of their own.
         if type(error) is not Exception and not isinstance(error, _UNLOADABLE):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        raise _unloadable(model_dir, error) from error
     return model, tokenizer
+
+
+def load_shape(model_dir: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model on the meta device: its modules, their names and shapes, made from the configuration alone.
+
+    A causal language model, or where its kind has none, an encoder under a classifier.
+
+    Args:
+        model_dir: as in `load_model`; of its files only the configuration is read.
+
+    Raises:
+        UserError: nothing there, a damaged configuration, or one of neither kind of model.
+    """
+    source, local = _source(model_dir)
+    made: Any
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        made = (
+            transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+        )
+        with torch.device("meta"):
+            return made.from_config(config)
+    except _UNLOADABLE as error:
+        raise _unloadable(model_dir, error) from error
+
+
+def _source(model_dir: str | os.PathLike[str]) -> tuple[str, bool]:
+    """What to load from, and whether it is a directory, not a name in the cache."""
+    path = Path(model_dir)
+    local = path.exists()
+    if local and not path.is_dir():
+        raise UserError(f"model {model_dir} is a file: give the directory that holds config.json")
+    if local and not (path / "config.json").is_file():
+        raise UserError(
+            f"model directory {model_dir} has no config.json: give one written by save_pretrained"
+        )
+    if not local and (
+        path.is_absolute() or str(model_dir).startswith((".", "~")) or str(model_dir).count("/") != 1
+    ):
+        raise UserError(f"model directory {model_dir} does not exist")
+    return (str(path) if local else str(model_dir)), local
+
+
+def _unloadable(model_dir: str | os.PathLike[str], error: Exception) -> UserError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return UserError(f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}")
 
 
 def _require_all_weights(model_dir: str | os.PathLike[str], missing: Collection[str]) -> None:

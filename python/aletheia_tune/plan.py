@@ -571,6 +571,49 @@ def uniform_plan(
     return plan
 
 
+def unscored_plan(
+    model: nn.Module,
+    *,
+    control: str | None = None,
+    layers: float = 100,
+    seed: int = 0,
+    rank: int = 16,
+    alpha: float | None = None,
+    rslora: bool = False,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+) -> Plan:
+    """One rank on every layer, or on as many as a control chooses: what needs no probe.
+
+    Args:
+        model: bare or adapted, on any device, the meta device too: only names and shapes are read.
+        control: as in `make_plan`; without one every layer.
+        layers: the share of the layers that the control chooses, in percent, in (0, 100].
+        seed: of the control "random".
+        rank: of every module.
+        alpha, rslora, targets, dropout: as in `make_plan`.
+
+    Raises:
+        UserError: a share without a control to choose by; as `make_plan` and `uniform_plan` raise it.
+    """
+    _check_share(layers)
+    chosen = None
+    if control is not None:
+        total = len(find_layers(model).layers)
+        chosen = control_layers(control, total, share_of_layers(total, layers), seed)
+    elif layers != 100:
+        raise UserError(
+            f"{layers:g}% of the layers, but neither scores nor a control to choose them by: give one of the two"
+        )
+    if not is_whole(rank) or rank < 1:
+        raise UserError(f"rank {rank} is not a whole number of 1 or more")
+    scaled = _alpha(rank, alpha, rslora)
+    plan = uniform_plan(model, rank=rank, alpha=scaled, layers=chosen, targets=targets, dropout=dropout)
+    if control is not None:
+        plan.meta["control"] = control
+    return plan
+
+
 def ranks_by_score(
     scores: Mapping[str, float], shapes: Mapping[str, Sequence[int]], budget: int
 ) -> dict[str, int]:

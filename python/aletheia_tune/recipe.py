@@ -11,12 +11,12 @@ from aletheia_tune.cost import Calibration
 from aletheia_tune.data import Example, batches, pad_token_id
 from aletheia_tune.depth_odds import depth_odds
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import find_layers, positions_of
+from aletheia_tune.layers import positions_of
 from aletheia_tune.number_types import check_kinds, is_finite
-from aletheia_tune.plan import Plan, Ranks, make_plan, share_of_layers, uniform_plan
+from aletheia_tune.plan import Plan, Ranks, make_plan, unscored_plan
 from aletheia_tune.probe import METHODS, probe
 from aletheia_tune.scores.cka import Pooling
-from aletheia_tune.scores.controls import CONTROLS, control_layers
+from aletheia_tune.scores.controls import CONTROLS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +48,8 @@ class Recipe:
     Raises:
         UserError: a value of the wrong kind, a score of no such name, a share outside (0, 100], no probe batches, only
             one of sampled_depth and calibration, sampled_depth without a score of the probe, a share in full outside
-            [0, 100), or that or unequal ranks without a probe to choose by, a rank by type without "by-type".
+            [0, 100), or that or unequal ranks without a probe to choose by, a share of the layers that nothing
+            chooses, a rank by type without "by-type".
     """
 
     score: str = UNIFORM
@@ -80,6 +81,10 @@ class Recipe:
             raise UserError(f"score {self.score!r} is unknown: choose one of {', '.join(known)}")
         if not 0 < self.layers <= 100:
             raise UserError(f"layers is {self.layers}: give a share in percent, above 0 and up to 100")
+        if self.score == UNIFORM and self.layers != 100:
+            raise UserError(
+                f"layers is {self.layers}, but score 'uniform' takes every layer: choose another score or drop it"
+            )
         if self.pooling not in get_args(Pooling):
             raise UserError(
                 f"pooling {self.pooling!r} is unknown: choose one of {', '.join(get_args(Pooling))}"
@@ -124,13 +129,17 @@ class Recipe:
         Raises:
             UserError: as `probe` and `make_plan` raise it.
         """
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         if self.score == UNIFORM or self.score in CONTROLS:
-            layers = None
-            if self.score in CONTROLS:
-                total = len(find_layers(model).layers)
-                layers = control_layers(self.score, total, share_of_layers(total, self.layers), seed)
-            return uniform_plan(model, rank=self.rank, alpha=alpha, layers=layers, targets=self.targets)
+            control = None if self.score == UNIFORM else self.score
+            return unscored_plan(
+                model,
+                control=control,
+                layers=self.layers,
+                seed=seed,
+                rank=self.rank,
+                alpha=self.alpha,
+                targets=self.targets,
+            )
         scores = probe(
             model,
             batches(

@@ -224,6 +224,54 @@ def test_rslora_reaches_the_plan(run, scores_file, tmp_path):
     assert {m.alpha / m.rank for m in Plan.from_json(out.read_text()).modules.values()} == {3.0}
 
 
+def test_a_plan_without_a_probe(run, refuses, given, tmp_path):
+    """The weights are not read: the configuration is enough."""
+    model, out = tmp_path / "model", tmp_path / "plan.json"
+    model.mkdir()
+    shutil.copy(given["--model"] / "config.json", model)
+    make = ("plan", "--model", model, "--out", out)
+    ran = run(*make, "--rank", 4, "--alpha", 32)
+    assert ran.code == 0, ran
+    assert "4 of 4 layers (0, 1, 2, 3), 28 modules" in ran.out
+    assert set(Plan.from_json(out.read_text()).modules.values()) == {ModulePlan(4, 32.0)}
+    assert run("plan", out, "--show").code == 0
+    assert run("train", *options(given, plan=out, out=tmp_path / "adapter")).code == 0
+
+    blind = tmp_path / "blind.json"
+    chosen = ("--control", "spaced", "--targets", "up_proj", "--dropout", "0.1", "--rslora", "--rank", "4")
+    assert run("plan", "--model", model, "--out", blind, *chosen).code == 0
+    plan = Plan.from_json(blind.read_text())
+    assert plan.modules == {f"model.layers.{i}.mlp.up_proj": ModulePlan(4, 16.0) for i in (1, 3)}
+    assert (plan.dropout, plan.meta["control"]) == (0.1, "spaced")
+    draws = set()
+    for seed in range(8):
+        random = ("--control", "random", "--layers", "25%", "--seed", seed, "--overwrite")
+        assert run("plan", "--model", model, "--out", blind, *random).code == 0
+        draws.add(Plan.from_json(blind.read_text()).layers)
+    assert len(draws) > 1
+
+    new = ("plan", "--model", model, "--out", tmp_path / "new.json")
+    refuses(*new, "--layers", "50%", says=("50% of the layers, but neither scores nor a control",))
+    refuses(*new, "--control", "top", "--layers", "0%", says=("share of layers",))
+    for option, value in [
+        ("--full", "10%"),
+        ("--ranks", "by-type"),
+        ("--budget", "60%"),
+        ("--scores", "s.json"),
+    ]:
+        refuses(*new, option, value, says=(f"{option} does nothing with --model",))
+    for rank in (0, -4):
+        refuses(*new, "--rank", rank, "--rslora", says=(f"rank {rank}",))
+    refuses("plan", "--model", model, "--out", out, says=(out, "--overwrite"))
+    config = model / "config.json"
+    refuses("plan", "--model", model, "--out", config, "--overwrite", says=("would replace",))
+    refuses("plan", "--model", model, says=("--out",))
+    refuses("plan", "--model", tmp_path / "none", *new[3:], says=("does not exist",))
+    for broken in ('{"model_type": "clip"}', "{"):
+        config.write_text(broken)
+        refuses(*new, says=("cannot load a model from",))
+
+
 def test_from_a_probe_to_modules_in_full_to_one_merged_model(run, refuses, given, tmp_path):
     scores, plan = tmp_path / "scores.json", tmp_path / "plan.json"
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
@@ -411,7 +459,7 @@ def test_a_plan_is_drawn_when_made_and_when_it_is_there(run, refuses, scores_fil
     refuses("plan", out, "--scores", scores_file, says=("only shown: drop --scores",))
     refuses("plan", out, "--show", "--json", says=("give one of them",))
     refuses("plan", tmp_path / "none.json", says=("cannot read the plan file",))
-    refuses("plan", "--show", says=("give --scores and --out",))
+    refuses("plan", "--show", says=("give --scores, or --model",))
 
 
 def test_alone_it_explains_itself(run):

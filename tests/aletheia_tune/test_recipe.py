@@ -99,6 +99,7 @@ def test_plans_of_recipes(given_task):
     [
         ({"score": "best"}, "score 'best' is unknown"),
         ({"layers": 0}, "layers is 0"),
+        ({"layers": 50}, "score 'uniform' takes every layer"),
         ({"layers": 101}, "layers is 101"),
         ({"score": "hybrid", "full": 100}, "full is 100"),
         ({"score": "hybrid", "full": -1}, "full is -1"),
