@@ -43,11 +43,13 @@ ABOUT = "\n\n".join(
     (
         "Gradient-guided LoRA fine-tuning: probe, plan, train, and compare with uniform LoRA.",
         "From a model directory and a jsonl file (prompt and completion, messages, or text on each line) to a PEFT "
-        "adapter, in three commands:",
-        "[bold]aletheia probe --model DIR --train train.jsonl --out scores.json\n"
-        "aletheia plan --scores scores.json --layers 50% --out plan.json\n"
+        "adapter, in two commands:",
+        "[bold]aletheia plan --model DIR --rank 4 --alpha 32 --out plan.json\n"
         "aletheia train --model DIR --train train.jsonl --eval eval.jsonl \\\n"
-        "  --plan plan.json --out my-adapter[/bold]",
+        "  --plan plan.json --packing --out my-adapter[/bold]",
+        "Or with layers chosen by their gradients:",
+        "[bold]aletheia probe --model DIR --train train.jsonl --out scores.json\n"
+        "aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]",
         "Does it pay on your task and machine? compare says it for one plan, race over several seeds and learning "
         "rates; both write report.html, a page to read or to send on. doctor tests this installation.",
         "Every command has an example: aletheia COMMAND --help. With --json a command answers in one line of JSON on "

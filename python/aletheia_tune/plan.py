@@ -591,7 +591,10 @@ def unscored_plan(
         layers: the share of the layers that the control chooses, in percent, in (0, 100].
         seed: of the control "random".
         rank: of every module.
-        alpha, rslora, targets, dropout: as in `make_plan`.
+        alpha: of every module; by default 2 · its rank.
+        rslora: as in `make_plan`.
+        targets: as in `make_plan`; by default every linear and expert parameter of the layers.
+        dropout: of every adapter's input.
 
     Raises:
         UserError: a share without a control to choose by; as `make_plan` and `uniform_plan` raise it.

@@ -467,7 +467,12 @@ def test_alone_it_explains_itself(run):
     assert ran.code == 0
     assert ran.err == ""
     words = " ".join(ran.out.split())
-    for command in ("probe --model DIR", "plan --scores scores.json", "train --model DIR"):
+    for command in (
+        "plan --model DIR",
+        "train --model DIR",
+        "probe --model DIR",
+        "plan --scores scores.json",
+    ):
         assert f"aletheia {command}" in words
     assert all(command in words for command in COMMANDS)
 
