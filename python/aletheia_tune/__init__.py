@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from aletheia_tune.full import float32_weights
     from aletheia_tune.kernels import KernelsInUse, use_kernels
     from aletheia_tune.layers import positions_of
-    from aletheia_tune.loading import load_model
+    from aletheia_tune.loading import load_model, load_shape
     from aletheia_tune.merge import merge_adapter
     from aletheia_tune.metrics import TrainResult
     from aletheia_tune.packing import PackingCollator
     from aletheia_tune.patch import PatchReport, apply_kernels, restore
-    from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan
+    from aletheia_tune.plan import ModulePlan, Plan, make_plan, uniform_plan, unscored_plan
     from aletheia_tune.prefix import PrefixCut, cut_prefix
     from aletheia_tune.processes import plan_of_first, scores_of_all
     from aletheia_tune.race import Arm, RaceResult
@@ -61,6 +61,7 @@ _MODULE_OF = {
     "Plan": "plan",
     "make_plan": "plan",
     "uniform_plan": "plan",
+    "unscored_plan": "plan",
     "PrefixCut": "prefix",
     "cut_prefix": "prefix",
     "plan_of_first": "processes",
@@ -77,6 +78,7 @@ _MODULE_OF = {
     "TrainResult": "metrics",
     "fine_tune": "train",
     "load_model": "loading",
+    "load_shape": "loading",
 }
 
 __all__ = [
@@ -110,6 +112,7 @@ __all__ = [
     "load_examples",
     "load_model",
     "load_optimizer",
+    "load_shape",
     "make_plan",
     "merge_adapter",
     "merge_scores",
@@ -121,6 +124,7 @@ __all__ = [
     "save_checkpoint",
     "scores_of_all",
     "uniform_plan",
+    "unscored_plan",
     "use_kernels",
     "why_not_shared",
 ]

@@ -24,17 +24,8 @@ if TYPE_CHECKING:
     from aletheia_tune.plan import Plan
 
 _COMMAND = "aletheia.command"
-# Options of a plan that mean nothing where there are no scores.
-_BY_SCORES = (
-    "scores",
-    "full",
-    "ranks",
-    "attention_rank",
-    "mlp_rank",
-    "budget",
-    "calibration",
-    "frontier",
-)
+# Options of a plan that only choices by scores have.
+_BY_SCORES = ("scores", "full", "budget", "calibration", "frontier")
 # Of a training's metrics, what is left to metrics.json.
 _LONG = ("format", "version", "history", "evals", "patch_report", "config", "versions")
 
@@ -49,7 +40,7 @@ ABOUT = "\n\n".join(
         "  --plan plan.json --packing --out my-adapter[/bold]",
         "Or with layers chosen by their gradients:",
         "[bold]aletheia probe --model DIR --train train.jsonl --out scores.json\n"
-        "aletheia plan --scores scores.json --layers 50% --out plan.json[/bold]",
+        "aletheia plan --scores scores.json --layers 50% --out half.json[/bold]",
         "Does it pay on your task and machine? compare says it for one plan, race over several seeds and learning "
         "rates; both write report.html, a page to read or to send on. doctor tests this installation.",
         "Every command has an example: aletheia COMMAND --help. With --json a command answers in one line of JSON on "
@@ -440,13 +431,19 @@ def plan(
         shown = Plan.from_json(_read(existing, "plan"))
         _tell_plan(shown, existing, show=True, as_json=as_json)
         return
+    if control is not Control.random:
+        _goes_without(ctx, "a choice other than --control random", "seed")
     if model is not None and out is not None:
-        _goes_without(ctx, "--model, which has no scores,", *_BY_SCORES)
+        _goes_without(ctx, "--model and no scores", *_BY_SCORES)
+        if ranks is not Ranks.uniform:
+            _goes_without(ctx, "--model and no scores", "ranks")
+        _goes_without(ctx, f"--ranks {ranks.value}", "attention_rank", "mlp_rank")
         files.check_output(out, overwrite, directory=False)
         files.check_apart(out, model / "config.json")
         share = layers or ("100%" if control is None else "50%")
+        shape = load_shape(model)
         made = unscored_plan(
-            load_shape(model),
+            shape,
             control=control,
             layers=_percent(share, "--layers"),
             seed=seed,
@@ -456,6 +453,7 @@ def plan(
             targets=targets,
             dropout=dropout,
         )
+        made.to_lora_config(shape)  # what `aletheia train` would refuse
         _keep_plan(ctx, made, out, overwrite=overwrite, show=show, as_json=as_json)
         return
     if scores is None or out is None:

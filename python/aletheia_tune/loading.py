@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from aletheia_tune.classification import load_classifier
 from aletheia_tune.environment import known_dtype
@@ -20,7 +22,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What transformers raises where a file is missing, damaged, or of another model than the configuration.
-_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def load_model(
@@ -48,8 +61,15 @@ def load_model(
     source, local = _source(model_dir)
     try:
         with no_progress_bars():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-            options: dict[str, Any] = {"dtype": weights, "local_files_only": local, "use_safetensors": True}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, local_files_only=local, trust_remote_code=False
+            )
+            options: dict[str, Any] = {
+                "dtype": weights,
+                "local_files_only": local,
+                "use_safetensors": True,
+                "trust_remote_code": False,
+            }
             model: Any
             if classes is None:
                 loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -72,26 +92,40 @@ def load_model(
 def load_shape(model_dir: str | os.PathLike[str]) -> PreTrainedModel:
     """The model on the meta device: its modules, their names and shapes, made from the configuration alone.
 
-    A causal language model, or where its kind has none, an encoder under a classifier.
+    By the class that `load_model` takes for a language model; by that of a classifier where transformers has no
+    language model of this kind. In most kinds, encoders among them, the layers have the same names in both.
 
     Args:
         model_dir: as in `load_model`; of its files only the configuration is read.
 
     Raises:
-        UserError: nothing there, a damaged configuration, or one of neither kind of model.
+        UserError: nothing there, a configuration that makes no model, or one of neither kind of model.
     """
-    source, local = _source(model_dir)
-    made: Any
+    source, _ = _source(model_dir)
+    before = logging.get_verbosity()
+    # An encoder is told that its language model lacks a setting, which its layers' shapes do not depend on.
+    logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
-        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        made = (
-            transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+        config = transformers.AutoConfig.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
         )
+        auto_class: Any = transformers.AutoModelForCausalLM
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            auto_class = transformers.AutoModelForSequenceClassification
+            known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+            if not known or config.is_encoder_decoder:
+                raise UserError(
+                    f"the model in {model_dir} ({config.model_type}) is no causal language model and no text "
+                    "classifier: plan it from Python, with uniform_plan(model)"
+                )
         with torch.device("meta"):
-            return made.from_config(config)
-    except _UNLOADABLE as error:
+            return auto_class.from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # whatever values of the file lead to: nothing else is read
         raise _unloadable(model_dir, error) from error
+    finally:
+        logging.set_verbosity(before)
 
 
 def _source(model_dir: str | os.PathLike[str]) -> tuple[str, bool]:
@@ -113,7 +147,11 @@ def _source(model_dir: str | os.PathLike[str]) -> tuple[str, bool]:
 
 def _unloadable(model_dir: str | os.PathLike[str], error: Exception) -> UserError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return UserError(f"cannot load a model from {model_dir}: {lines[0] if lines else type(error).__name__}")
+    if not lines:
+        lines = [type(error).__name__]
+    # A heading alone says nothing.
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return UserError(f"cannot load a model from {model_dir}: {said}")
 
 
 def _require_all_weights(model_dir: str | os.PathLike[str], missing: Collection[str]) -> None:

@@ -459,8 +459,7 @@ def make_plan(
             f"what is trained in full is chosen by scores, not by control '{control}': drop one of the two"
         )
     for what, value in (("rank", rank), ("attention rank", attention_rank), ("mlp rank", mlp_rank)):
-        if not is_whole(value) or value < 1:
-            raise UserError(f"{what} {value} is not a whole number of 1 or more")
+        _check_whole(what, value)
     if budget is not None and ranks != "by-score":
         raise UserError(f"a parameter budget goes with ranks by-score, not {ranks}: drop one of the two")
     chosen = set(highest_layers(scores.layers, layers))
@@ -597,7 +596,7 @@ def unscored_plan(
         dropout: of every adapter's input.
 
     Raises:
-        UserError: a share without a control to choose by; as `make_plan` and `uniform_plan` raise it.
+        UserError: a share without a control to choose by, a rank that is no whole number; as `uniform_plan` raises it.
     """
     _check_share(layers)
     chosen = None
@@ -606,14 +605,13 @@ def unscored_plan(
         chosen = control_layers(control, total, share_of_layers(total, layers), seed)
     elif layers != 100:
         raise UserError(
-            f"{layers:g}% of the layers, but neither scores nor a control to choose them by: give one of the two"
+            f"{layers:g}% of the layers, and nothing to choose them by: name a control, or plan from scores"
         )
-    if not is_whole(rank) or rank < 1:
-        raise UserError(f"rank {rank} is not a whole number of 1 or more")
+    _check_whole("rank", rank)
     scaled = _alpha(rank, alpha, rslora)
     plan = uniform_plan(model, rank=rank, alpha=scaled, layers=chosen, targets=targets, dropout=dropout)
     if control is not None:
-        plan.meta["control"] = control
+        plan.meta.update(control=control, share=layers)
     return plan
 
 
@@ -717,6 +715,11 @@ def share_of_layers(num_layers: int, share: float) -> int:
 def _check_share(share: float) -> None:
     if not is_finite(share) or not 0 < share <= 100:
         raise UserError(f"share of layers {share} is outside (0, 100] percent")
+
+
+def _check_whole(what: str, value: int) -> None:
+    if not is_whole(value) or value < 1:
+        raise UserError(f"{what} {value} is not a whole number of 1 or more")
 
 
 def _check_rank(name: str, rank: int, shape: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ class Recipe:
     Attributes:
         score: a score of the probe; without a probe "uniform" for every layer, or a control for as many layers as a
             score would choose: "top" (nearest to the loss), "bottom", "spaced", or "random", drawn anew for each seed.
-        layers: share of the layers to adapt, in percent.
+        layers: share of the layers to adapt, in percent; all of them with "uniform".
         full: share of their modules to train in full, in percent, as `make_plan` takes it: with score "hybrid" and 10,
             in the style of Hybrid-LoRA.
         rank: of every adapter, or the mean rank where ranks go by score.

@@ -37,6 +37,7 @@ from aletheia_tune.probe import METHODS
 from aletheia_tune.scores import ModuleScore, Scores
 from aletheia_tune.scores.cka import Pooling
 from aletheia_tune.scores.controls import CONTROLS
+from benchmarks.family_table import FAMILIES
 from tests import accessibility
 from tests.task_case import task_text
 
@@ -251,7 +252,7 @@ def test_a_plan_without_a_probe(run, refuses, given, tmp_path):
     assert len(draws) > 1
 
     new = ("plan", "--model", model, "--out", tmp_path / "new.json")
-    refuses(*new, "--layers", "50%", says=("50% of the layers, but neither scores nor a control",))
+    refuses(*new, "--layers", "50%", says=("50% of the layers, and nothing to choose them by",))
     refuses(*new, "--control", "top", "--layers", "0%", says=("share of layers",))
     for option, value in [
         ("--full", "10%"),
@@ -260,6 +261,8 @@ def test_a_plan_without_a_probe(run, refuses, given, tmp_path):
         ("--scores", "s.json"),
     ]:
         refuses(*new, option, value, says=(f"{option} does nothing with --model",))
+    refuses(*new, "--mlp-rank", "8", says=("--mlp-rank does nothing with --ranks uniform",))
+    refuses(*new, "--control", "top", "--seed", "1", says=("--seed does nothing",))
     for rank in (0, -4):
         refuses(*new, "--rank", rank, "--rslora", says=(f"rank {rank}",))
     refuses("plan", "--model", model, "--out", out, says=(out, "--overwrite"))
@@ -267,9 +270,27 @@ def test_a_plan_without_a_probe(run, refuses, given, tmp_path):
     refuses("plan", "--model", model, "--out", config, "--overwrite", says=("would replace",))
     refuses("plan", "--model", model, says=("--out",))
     refuses("plan", "--model", tmp_path / "none", *new[3:], says=("does not exist",))
-    for broken in ('{"model_type": "clip"}', "{"):
-        config.write_text(broken)
-        refuses(*new, says=("cannot load a model from",))
+    sound = json.loads(config.read_text())
+    for broken, says in [
+        ({"model_type": "clip"}, "(clip) is no causal language model and no text classifier"),
+        ({"model_type": "t5"}, "(t5) is no causal language model and no text classifier"),
+        ({"model_type": "of-its-own", "auto_map": {"AutoConfig": "mine.Config"}}, "cannot load a model from"),
+        ({**sound, "hidden_size": "x"}, "'hidden_size'"),
+        ({**sound, "num_attention_heads": 0}, "cannot load a model from"),
+        ({**sound, "dtype": "nope"}, "nope"),
+        (None, "cannot load a model from"),
+    ]:
+        config.write_text(json.dumps(broken))
+        refuses(*new, says=(says,))
+    config.write_text("{")
+    refuses(*new, says=("cannot load a model from",))
+
+
+def test_a_plan_without_a_probe_is_one_that_can_be_trained(refuses, tmp_path):
+    """What PEFT would not adapt as planned is refused before a model is loaded."""
+    FAMILIES["Mixtral"].build().config.save_pretrained(tmp_path / "model")
+    make = ("plan", "--model", tmp_path / "model", "--out", tmp_path / "plan.json")
+    refuses(*make, "--dropout", "0.1", says=("cannot have dropout",))
 
 
 def test_from_a_probe_to_modules_in_full_to_one_merged_model(run, refuses, given, tmp_path):

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers as tf
+from transformers import AutoTokenizer
 
 from aletheia_tune.errors import UserError
-from aletheia_tune.layers import find_layers, linear_modules
-from aletheia_tune.loading import load_shape
+from aletheia_tune.layers import linear_modules
+from aletheia_tune.loading import load_model, load_shape
+from aletheia_tune.plan import unscored_plan
 from benchmarks.family_table import FAMILIES
 
-# With a tower for pictures they are loaded by another class than language models are.
-PICTURES = ("LLaVA", "Qwen2.5-VL")
-# Built there to translate, which neither of the two classes does.
-TRANSLATES = "T5"
+# With a tower for pictures, or built to translate: neither a language model nor a classifier.
+OF_ANOTHER_KIND = ("LLaVA", "Qwen2.5-VL", "T5")
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in (*PICTURES, TRANSLATES)])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in OF_ANOTHER_KIND])
 def test_the_shape_is_that_of_the_model(family, tmp_path):
     model = FAMILIES[family].build()
     model.config.save_pretrained(tmp_path)
     shape = load_shape(tmp_path)
     assert linear_modules(shape) == linear_modules(model)
-    assert find_layers(shape).path == find_layers(model).path
     experts = {name: p.shape for name, p in model.named_parameters() if p.dim() == 3}
     assert {name: p.shape for name, p in shape.named_parameters() if p.dim() == 3} == experts
     assert {p.device for p in shape.parameters()} == {torch.device("meta")}
 
 
-@pytest.mark.parametrize("family", PICTURES)
-def test_a_model_of_pictures_is_refused(family, tmp_path):
+@pytest.mark.parametrize("family", OF_ANOTHER_KIND)
+def test_a_model_of_another_kind_is_refused(family, tmp_path):
     FAMILIES[family].build().config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot load a model"):
+    with pytest.raises(UserError, match="no causal language model and no text classifier"):
         load_shape(tmp_path)
+
+
+def test_a_plan_of_the_shape_is_one_of_the_model_that_is_loaded(tiny_model_dir: Path, tmp_path, capfd):
+    loaded, _ = load_model(tiny_model_dir, "float32")
+    assert unscored_plan(load_shape(tiny_model_dir)) == unscored_plan(loaded)
+    encoder = tmp_path / "encoder"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tf.BertModel(tf.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(encoder)
+    tokenizer.save_pretrained(encoder)
+    classifier, _ = load_model(encoder, "float32", classes=("no", "yes"))
+    capfd.readouterr()
+    assert unscored_plan(load_shape(encoder)) == unscored_plan(classifier)
+    assert capfd.readouterr() == ("", "")
