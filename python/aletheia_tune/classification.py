@@ -7,8 +7,9 @@ adapters (PEFT's ``modules_to_save``), because nobody could draw the same one ag
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,17 @@ def _names_in(source: str) -> tuple[str, ...]:
     return tuple(str(names[number]) for number in sorted(names or {}))
 
 
+@contextlib.contextmanager
+def errors_alone() -> Iterator[None]:
+    """Of what transformers logs, its errors alone."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_classifier(
     source: str, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], seed: int, **options: Any
 ) -> PreTrainedModel:
@@ -107,23 +119,18 @@ def load_classifier(
         raise UserError(
             f"the checkpoint numbers its classes {', '.join(ordered)}: give them in this order, here and to the data"
         )
-    before = logging.get_verbosity()
     # What is missing is told below, and what is new is meant to be.
-    logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source,
-                id2label=dict(enumerate(classes)),
-                label2id={name: number for number, name in enumerate(classes)},
-                problem_type="single_label_classification",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    finally:
-        logging.set_verbosity(before)
+    with errors_alone(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source,
+            id2label=dict(enumerate(classes)),
+            label2id={name: number for number, name in enumerate(classes)},
+            problem_type="single_label_classification",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     other = sorted(str(key) for key, *_ in info["mismatched_keys"])
     if other:
         raise UserError(

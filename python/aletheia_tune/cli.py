@@ -433,11 +433,12 @@ def plan(
         return
     if control is not Control.random:
         _goes_without(ctx, "a choice other than --control random", "seed")
+    if ranks is not Ranks.by_type:
+        _goes_without(ctx, f"--ranks {ranks.value}", "attention_rank", "mlp_rank")
     if model is not None and out is not None:
         _goes_without(ctx, "--model and no scores", *_BY_SCORES)
         if ranks is not Ranks.uniform:
             _goes_without(ctx, "--model and no scores", "ranks")
-        _goes_without(ctx, f"--ranks {ranks.value}", "attention_rank", "mlp_rank")
         files.check_output(out, overwrite, directory=False)
         files.check_apart(out, model / "config.json")
         share = layers or ("100%" if control is None else "50%")
@@ -462,8 +463,6 @@ def plan(
         )
     files.check_output(out, overwrite, directory=False)
     files.check_apart(out, scores, calibration, frontier)
-    if ranks is not Ranks.by_type:
-        _goes_without(ctx, f"--ranks {ranks.value}", "attention_rank", "mlp_rank")
     timed = budget is not None and budget.strip().endswith("%")
     if timed and calibration is None:
         raise UserError(

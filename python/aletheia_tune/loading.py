@@ -12,9 +12,8 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import logging
 
-from aletheia_tune.classification import load_classifier
+from aletheia_tune.classification import errors_alone, load_classifier
 from aletheia_tune.environment import known_dtype
 from aletheia_tune.errors import UserError
 
@@ -102,30 +101,27 @@ def load_shape(model_dir: str | os.PathLike[str]) -> PreTrainedModel:
         UserError: nothing there, a configuration that makes no model, or one of neither kind of model.
     """
     source, _ = _source(model_dir)
-    before = logging.get_verbosity()
-    # An encoder is told that its language model lacks a setting, which its layers' shapes do not depend on.
-    logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
-        )
-        auto_class: Any = transformers.AutoModelForCausalLM
-        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            auto_class = transformers.AutoModelForSequenceClassification
-            known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-            if not known or config.is_encoder_decoder:
-                raise UserError(
-                    f"the model in {model_dir} ({config.model_type}) is no causal language model and no text "
-                    "classifier: plan it from Python, with uniform_plan(model)"
-                )
-        with torch.device("meta"):
-            return auto_class.from_config(config, trust_remote_code=False)
+        # An encoder is told that its language model lacks a setting, which its layers' shapes do not depend on.
+        with errors_alone():
+            config = transformers.AutoConfig.from_pretrained(
+                source, local_files_only=True, trust_remote_code=False
+            )
+            auto_class: Any = transformers.AutoModelForCausalLM
+            if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                auto_class = transformers.AutoModelForSequenceClassification
+                known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+                if not known or config.is_encoder_decoder:
+                    raise UserError(
+                        f"the model in {model_dir} ({config.model_type}) is no causal language model and no text "
+                        "classifier: plan it from Python, with uniform_plan(model)"
+                    )
+            with torch.device("meta"):
+                return auto_class.from_config(config, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # whatever values of the file lead to: nothing else is read
         raise _unloadable(model_dir, error) from error
-    finally:
-        logging.set_verbosity(before)
 
 
 def _source(model_dir: str | os.PathLike[str]) -> tuple[str, bool]:
