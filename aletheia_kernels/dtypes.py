@@ -11,16 +11,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_vendor_products(dtype: torch.dtype) -> bool:
-    """Whether this processor's products in a floating dtype are a vendor library's.
+    """Whether a vendor library multiplies in a floating dtype by instructions that this processor has for it.
 
-    Half precision is oneDNN's: bfloat16 from AVX-512 on and on Arm with the bf16 extension, float16 from AVX512-FP16.
+    Half precision is oneDNN's: bfloat16 with AVX512-BF16, AMX or Arm's bf16 extension, float16 with AVX512-FP16.
     Without it torch multiplies in scalar loops: on an AVX2 processor, the product for a linear's input gradient took 90
-    times as long in bfloat16 as in float32.
+    times as long in bfloat16 as in float32. With AVX-512 alone oneDNN widens bfloat16 as it multiplies: on two cores
+    of an Intel Ice Lake 57 to 67 GFLOP/s, against 194 to 270 in float32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     if not torch.backends.mkldnn.is_available():
         return False
     library = torch.ops.mkldnn
-    has = library._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported
-    return has()
+    if dtype == torch.float16:
+        return library._is_mkldnn_fp16_supported()
+    widened = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return library._is_mkldnn_bf16_supported() and not widened

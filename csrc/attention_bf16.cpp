@@ -6,14 +6,13 @@
 // in the lanes of two registers, so that maxima, sums and ranges are lane by lane, and the rows of Pᵀ and dSᵀ are left
 // factors of dV and dK as they are. A group's scores lie in cache as one strip of the keys that any of its queries
 // sees, so there is no running maximum and nothing outside is computed.
-#include <ATen/Parallel.h>
+#include "attention_bf16.h"
 
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "block_product.h"
-#include "operators.h"
+#include "key_ranges.h"
 
 #ifdef ALETHEIA_AVX512BF16
 
@@ -197,61 +196,6 @@ struct Group {
     for (; key < from; key += 2) body(key, std::false_type{});
     for (; key + 2 <= shared_end; key += 2) body(key, std::true_type{});
     for (; key < padded(); key += 2) body(key, std::false_type{});
-  }
-};
-
-// Some queries in succession of one row of the batch, and the keys in succession that they and no others may see.
-struct Segment {
-  int64_t row, query, queries, key, keys;
-};
-
-// The batch as segments, with ranges counted from each segment's first key.
-struct Segments {
-  std::vector<Segment> all;
-  std::vector<int32_t> firsts, lasts;  // [batch, queries]
-  int64_t most_keys = 0;
-
-  // A row of the batch is cut where no later query sees a key of an earlier one: a packed row into its examples. Every
-  // key is in a segment, whether it is seen or not, since its gradient has to be written.
-  Segments(const at::Tensor& first, const at::Tensor& last, int64_t keys)
-      : firsts(first.const_data_ptr<int32_t>(), first.const_data_ptr<int32_t>() + first.numel()),
-        lasts(last.const_data_ptr<int32_t>(), last.const_data_ptr<int32_t>() + last.numel()) {
-    const int64_t batch = first.size(0), queries = first.size(1);
-    std::vector<int64_t> least(queries);  // first key that a query or any later one sees
-    for (int64_t row = 0; row < batch; ++row) {
-      const int32_t* const f = firsts.data() + row * queries;
-      const int32_t* const l = lasts.data() + row * queries;
-      int64_t lowest = keys;
-      for (int64_t t = queries - 1; t >= 0; --t) {
-        if (f[t] < l[t]) lowest = std::min<int64_t>(lowest, f[t]);
-        least[t] = lowest;
-      }
-      Segment segment{row, 0, 0, 0, 0};
-      int64_t reach = 0;
-      for (int64_t t = 0; t < queries; ++t) {
-        // Groups of 32 queries are computed together: a shorter segment would not be worth its own.
-        if (t - segment.query >= kGroup && reach > segment.key && least[t] >= reach && least[t] < keys) {
-          add(segment, t, reach);
-          segment = {row, t, 0, reach, 0};
-        }
-        if (f[t] < l[t]) reach = std::max<int64_t>(reach, l[t]);
-      }
-      add(segment, queries, keys);
-    }
-    for (const Segment& segment : all)
-      for (int64_t at = segment.row * queries + segment.query, end = at + segment.queries; at < end; ++at) {
-        const bool sees = firsts[at] < lasts[at];
-        firsts[at] = sees ? firsts[at] - static_cast<int32_t>(segment.key) : 0;
-        lasts[at] = sees ? lasts[at] - static_cast<int32_t>(segment.key) : 0;
-      }
-  }
-
- private:
-  void add(Segment segment, int64_t query_end, int64_t key_end) {
-    segment.queries = query_end - segment.query;
-    segment.keys = key_end - segment.key;
-    most_keys = std::max(most_keys, segment.keys);
-    all.push_back(segment);
   }
 };
 
@@ -539,37 +483,46 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> attention_forward(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& first, const at::Tensor& last,
-    double scale) {
-  return (tile_registers_in_use() ? forward<TileProducts> : forward<VectorProducts>)(q, k, v, first, last, scale);
+namespace attention_bf16 {
+
+bool serves(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 && instruction_set() >= InstructionSet::kAvx512Bf16;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
+std::tuple<at::Tensor, at::Tensor> forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& first, const at::Tensor& last,
+    double scale) {
+  return (tile_registers_in_use() ? aletheia::forward<TileProducts> : aletheia::forward<VectorProducts>)(q, k, v, first, last, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& dO, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& lse,
     const at::Tensor& first, const at::Tensor& last, double scale) {
-  return (tile_registers_in_use() ? backward<TileProducts> : backward<VectorProducts>)(
+  return (tile_registers_in_use() ? aletheia::backward<TileProducts> : aletheia::backward<VectorProducts>)(
       dO, q, k, v, lse, first, last, scale);
 }
 
+}  // namespace attention_bf16
 }  // namespace aletheia
 
 #pragma GCC pop_options
 
 #else
 
-namespace aletheia {
+namespace aletheia::attention_bf16 {
 
-std::tuple<at::Tensor, at::Tensor> attention_forward(
+bool serves(at::ScalarType) { return false; }
+
+std::tuple<at::Tensor, at::Tensor> forward(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double) {
   TORCH_CHECK(false, "built without AVX512-BF16");
 }
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, double) {
   TORCH_CHECK(false, "built without AVX512-BF16");
 }
 
-}  // namespace aletheia
+}  // namespace aletheia::attention_bf16
 
 #endif

@@ -18,12 +18,10 @@
 
 #ifdef ALETHEIA_AVX512BF16
 
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
-
 #include <algorithm>
-#include <atomic>
 #include <utility>
+
+#include "tasks.h"
 
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -32,19 +30,6 @@
 
 namespace aletheia {
 namespace {
-
-// Memory from torch's allocator: 64-byte aligned, not initialised.
-template <typename T>
-class Scratch {
- public:
-  Scratch() = default;
-  explicit Scratch(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(count, 1) * sizeof(T))) {}
-  T* data() const { return static_cast<T*>(memory_.get()); }
-  T& operator[](int64_t index) const { return data()[index]; }
-
- private:
-  c10::DataPtr memory_;
-};
 
 inline __mmask32 first_pairs_of_lanes(int64_t count) {
   return count >= 2 * kLanes ? __mmask32(~0u) : __mmask32((1u << std::max<int64_t>(count, 0)) - 1u);
@@ -246,15 +231,6 @@ class PackedB {
   int64_t inner_ = 0, padded_ = 0, outer_ = 0, stride_ = 0;
   Scratch<uint16_t> data_;
 };
-
-// body(take) on every thread, which takes tasks until there are none: take() gives the next one's number.
-template <typename Body>
-void on_threads(int64_t tasks, Body body) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    body([&] { return next.fetch_add(1); });
-  });
-}
 
 // Units of one job cost more than another's, and an adapter's next to nothing: threads take them from a common counter.
 inline void pack_all(const std::vector<const PackedB*>& jobs) {

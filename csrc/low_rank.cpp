@@ -11,13 +11,9 @@
 #include <type_traits>
 
 #include "instruction_set.h"
-#include "low_rank_kernels.h"
 #include "operators.h"
 
 namespace aletheia::low_rank {
-namespace {
-
-using at::BFloat16;
 
 const KernelSet& kernel_set() {
 #ifdef ALETHEIA_X86_SETS
@@ -28,14 +24,9 @@ const KernelSet& kernel_set() {
   return kDefaultKernels;
 }
 
-template <typename T>
-const Kernels<T>& kernels_of(const KernelSet& set) {
-  if constexpr (std::is_same_v<T, float>) {
-    return set.of_float;
-  } else {
-    return set.of_bfloat16;
-  }
-}
+namespace {
+
+using at::BFloat16;
 
 template <typename Body>  // body(T{}, kernel set)
 void with_kernels(at::ScalarType dtype, Body body) {

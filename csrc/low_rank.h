@@ -4,13 +4,27 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
+#include "low_rank_kernels.h"
 #include "philox.h"
 
 namespace aletheia {
 
 namespace low_rank {
+
+// The inner loops for the instruction set in use.
+const KernelSet& kernel_set();
+
+template <typename T>
+const Kernels<T>& kernels_of(const KernelSet& set) {
+  if constexpr (std::is_same_v<T, float>) {
+    return set.of_float;
+  } else {
+    return set.of_bfloat16;
+  }
+}
 
 // Whether to call the functions below for x in this dtype. They run on the instruction set in use.
 bool serves(at::ScalarType dtype);

@@ -1,7 +1,9 @@
-// The inner loops of the low-rank half of a LoRA group, of which every instruction set has its own (low_rank_vec.h).
+// The inner loops of the low-rank half of a LoRA group and of attention, of which every instruction set has its own
+// (low_rank_vec.h, softmax_vec.h).
 //
 //   rows     C[m, :] = or += a[m, :] B        B packed in panels of `lanes` columns
 //   columns  C[r, :] += Σ_t c[t, r] z[t, :]   z a block of rows, packed in panels of 2 `lanes` columns
+//   softmax  P = softmax(scale s), dS = P ⊙ (dP - Σ P dP)   over keys, kQueries queries side by side
 //
 // Sums and packed operands are float32; T, what x, dy, y and dx are made of, is float or bfloat16. Plain pointers and
 // numbers alone: wide code must not instantiate inline functions, a copy of which the linker could hand to everybody.
@@ -14,6 +16,7 @@
 namespace aletheia::low_rank {
 
 constexpr int64_t kTokens = 48;  // rows in a block: a multiple of every row kernel's height
+constexpr int64_t kQueries = 32;  // queries side by side in a strip of scores [keys, kQueries]
 
 // Element (m, k) is data[k / width * panel + m * row + k % width], width being 2 lanes: with panel = width, plain rows.
 struct Rows {
@@ -50,6 +53,13 @@ struct Kernels {
 
 struct KernelSet {
   int64_t lanes;  // floats in a register
+  // Scores of the keys from `position` on become their softmax, in base 2, over those from each query's first to before
+  // its last: zero elsewhere, and for a query without keys. tops are the largest of scale times scores, -inf where there
+  // is none, totals the sums of 2^(scale s - top).
+  void (*softmax)(
+      float* scores, int64_t keys, int64_t position, const int32_t* first, const int32_t* last, float scale, float* tops,
+      float* totals);
+  void (*softmax_backward)(const float* weights, float* dweights, int64_t keys);  // in place of dweights
   Kernels<float> of_float;
   Kernels<c10::BFloat16> of_bfloat16;
 };

@@ -282,7 +282,13 @@ constexpr Kernels<T> kernels() {
 }
 
 }  // namespace
+}  // namespace aletheia::low_rank
 
-constexpr KernelSet ALETHEIA_KERNELS = {kLanes, kernels<float>(), kernels<BFloat16>()};
+#include "softmax_vec.h"
+
+namespace aletheia::low_rank {
+
+constexpr KernelSet ALETHEIA_KERNELS = {
+    kLanes, &softmax, &softmax_backward, kernels<float>(), kernels<BFloat16>()};
 
 }  // namespace aletheia::low_rank

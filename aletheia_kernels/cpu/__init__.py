@@ -16,6 +16,7 @@ from aletheia_kernels.cpu import experts
 # From the compiler's baseline to the widest: a processor that offers one offers those before it.
 INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ATTENTION_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
@@ -46,13 +47,9 @@ def refusal(operator: str, dtype: torch.dtype) -> str | None:
     """Why the compiled operators cannot serve this one in this dtype; None when they can."""
     if dtype not in DTYPES:
         return f"it has no {dtype}"
-    reason = unavailable_reason()
-    if reason is None and operator == "range_attention":
-        if dtype != torch.bfloat16:
-            return f"its attention has no {dtype}"
-        if INSTRUCTION_SETS.index(instruction_set()) < INSTRUCTION_SETS.index("avx512_bf16"):
-            return f"its attention needs AVX512-BF16, and the instruction set in use is {instruction_set()}"
-    return reason
+    if operator == "range_attention" and dtype not in ATTENTION_DTYPES:
+        return f"its attention has no {dtype}"
+    return unavailable_reason()
 
 
 def wrong_wish() -> str | None:

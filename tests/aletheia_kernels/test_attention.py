@@ -10,12 +10,17 @@ from torch import Tensor
 
 from aletheia_kernels import cpu, range_attention
 
-# The compiled operator serves bfloat16 alone, on the instruction sets that have its products.
-SERVING = [name for name in cpu.offered_instruction_sets() if name in ("avx512_bf16", "amx_bf16")]
+# On the instruction sets from AVX512-BF16 on, float32 runs as on AVX-512.
+COMPILED = [
+    (name, dtype)
+    for name in cpu.offered_instruction_sets()
+    for dtype in cpu.ATTENTION_DTYPES
+    if dtype == torch.bfloat16 or name in ("default", "avx2", "avx512")
+]
 CASES = [
     ("reference", "", torch.float32),
     ("reference", "", torch.bfloat16),
-    *(("cpu", name, torch.bfloat16) for name in SERVING),
+    *(("cpu", name, dtype) for name, dtype in COMPILED),
 ]
 
 
@@ -154,12 +159,13 @@ def test_nothing_beside_the_operands_is_read(dtype, length, dim, kind):
         assert torch.equal(given[name], tensor), name
 
 
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize(
+    ("name", "dtype"), COMPILED, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in COMPILED]
+)
 @pytest.mark.parametrize("real", [1, 16, 17, 37, 64, 90])
-def test_keys_that_no_query_sees_may_hold_anything(monkeypatch, name, real):
+def test_keys_that_no_query_sees_may_hold_anything(monkeypatch, name, dtype, real):
     monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
     monkeypatch.setenv("ALETHEIA_CPU_ISA", name)
-    dtype = torch.bfloat16
     *qkv, grad = operands(1, 4, 2, 100, 40, dtype)
     position = torch.arange(100, dtype=torch.int32)[None]
     last = torch.where(position < real, position + 1, position)  # causal, then padding: empty ranges

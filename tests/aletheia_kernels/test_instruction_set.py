@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aletheia_kernels import backends, cpu, lora_group
+from aletheia_kernels.dtypes import has_vendor_products
 from aletheia_kernels.reference import philox
 
 OFFERED = cpu.offered_instruction_sets()
@@ -60,14 +61,17 @@ def test_a_forced_set_is_in_use(instruction_set):
     assert cpu.instruction_set() == instruction_set
 
 
-def test_attention_is_served_where_its_products_are(instruction_set):
-    refusal = cpu.refusal("range_attention", torch.bfloat16)
-    if instruction_set in ("avx512_bf16", "amx_bf16"):
-        assert refusal is None
-    else:
-        assert (
-            refusal == f"its attention needs AVX512-BF16, and the instruction set in use is {instruction_set}"
-        )
+def test_attention_is_served_on_every_set(instruction_set):
+    assert cpu.refusal("range_attention", torch.bfloat16) is None
+    assert cpu.refusal("range_attention", torch.float32) is None
+    assert cpu.refusal("range_attention", torch.float64) == "its attention has no torch.float64"
+
+
+def test_a_dtype_is_the_vendor_librarys_where_the_processor_multiplies_it():
+    assert has_vendor_products(torch.float32)
+    assert has_vendor_products(torch.float64)
+    if torch.cpu._is_avx512_supported():
+        assert has_vendor_products(torch.bfloat16) == torch.cpu._is_avx512_bf16_supported()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
