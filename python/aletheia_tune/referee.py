@@ -507,16 +507,17 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
     arms: dict[str, dict[str, SeedVerdict]] = {contestant.name: {} for contestant in task.challengers}
     races: dict[str, dict[str, Any]] = {}
     objection: str | None = None
-    results: list[RaceResult] = []
+    results: dict[int, RaceResult] = {}
+    # Every seed's time to the target before any run at equal time: whoever stops early has the answer.
     for seed in task.seeds:
-        result = runs.race(
+        results[seed] = runs.race(
             f"seed-{seed}", [contestant.arm(chosen[contestant.name], seed) for contestant in task.contestants]
         )
-        results.append(result)
-        races[str(seed)] = {"race": json.loads(result.to_json())}
-        objection = _objection(task, result)
+        races[str(seed)] = {"race": json.loads(results[seed].to_json())}
+        objection = _objection(task, results[seed])
         if objection:
             break
+    for seed, result in results.items() if objection is None else ():
         equal = _equal_time(runs, result, chosen, seed)
         races[str(seed)]["equal_time"] = json.loads(equal.to_json())
         for contestant in task.challengers:
@@ -531,7 +532,7 @@ def _verdict(task: RaceTask, directory: Path, progress: bool) -> Verdict:
         objection=objection,
         arms={} if objection else arms,
         recommended=task.recommended,
-        table=_costs(results),
+        table=_costs(list(results.values())),
         machine={**dict(machine_facts()), **versions()},
         races=races,
     )
