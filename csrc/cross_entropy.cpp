@@ -117,6 +117,13 @@ ALETHEIA_CLONES double row(T* z, Wide* scratch, int64_t count, int64_t label, Lo
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     const at::Tensor& h, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& labels,
     double softcap, double label_smoothing, bool needs_dh) {
+  const auto dtype = h.scalar_type();
+  if (!has_vendor_products(dtype)) {
+    const auto [loss, dh] = linear_cross_entropy_forward(
+        h.to(at::kFloat), weight.to(at::kFloat), bias ? std::optional(bias->to(at::kFloat)) : std::nullopt, labels,
+        softcap, label_smoothing, needs_dh);
+    return {loss, dh.to(dtype)};
+  }
   const int64_t count = h.size(0), vocabulary = weight.size(0);
   at::Tensor dh = needs_dh ? at::empty(h.sizes(), h.options()) : at::empty({0}, h.options());
   at::Tensor logits = at::empty({std::min(kRows, count), vocabulary}, h.options());

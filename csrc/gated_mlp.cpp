@@ -37,6 +37,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_mlp_forwar
   const Activation activation = activation_from(activation_name);
   if (fused::serves(x, weights))
     return fused::lora_gated_mlp_forward(x, weights, biases, lora_As, lora_Bs, scalings, activation);
+  const auto dtype = x.scalar_type();
+  if (!has_vendor_products(dtype)) {
+    const auto [y, gate, up, h] = lora_gated_mlp_forward(
+        x.to(at::kFloat), all_to(weights, at::kFloat), all_to(biases, at::kFloat), lora_As, lora_Bs, scalings,
+        activation_name);
+    return {y.to(dtype), gate.to(dtype), up.to(dtype), h};
+  }
   auto [gate_up, h_in] = lora_group_forward(
       x, weights.slice(0, 2), slice(biases, 0, 2), lora_As.slice(0, 2), lora_Bs.slice(0, 2), scalings.slice(0, 2), 0.0,
       std::nullopt);
@@ -54,6 +61,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_ga
   if (fused::serves(x, weights))
     return fused::lora_gated_mlp_backward(
         dy, x, gate.contiguous(), up.contiguous(), h.contiguous(), weights, lora_As, lora_Bs, scalings, activation, needs_dx);
+  const auto dtype = x.scalar_type();
+  if (!has_vendor_products(dtype)) {
+    auto [dx, dAs, dBs] = lora_gated_mlp_backward(
+        dy.to(at::kFloat), x.to(at::kFloat), gate.to(at::kFloat), up.to(at::kFloat), h, all_to(weights, at::kFloat),
+        lora_As, lora_Bs, scalings, activation_name, needs_dx);
+    return {dx.to(dtype), std::move(dAs), std::move(dBs)};
+  }
   const int64_t ranks_in = ranks_of(lora_As.slice(0, 2)), ranks_mid = lora_As[2].size(0);
   const at::Tensor active = activated(gate, activation);
   const auto [dproduct, dA_mid, dB_mid] = lora_group_backward(

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "operators.h"
+
 #if defined(ALETHEIA_X86_SETS) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -65,6 +67,15 @@ const char* name_of(InstructionSet set) {
 InstructionSet offered_instruction_set() {
   static const InstructionSet offered = detect();
   return offered;
+}
+
+bool has_vendor_products(at::ScalarType dtype) {
+#ifdef ALETHEIA_X86_SETS
+  if (dtype == at::kBFloat16) return offered_instruction_set() >= InstructionSet::kAvx512Bf16;
+  // AVX512-FP16 came with AMX and, so far, never without it.
+  if (dtype == at::kHalf) return offered_instruction_set() >= InstructionSet::kAmxBf16;
+#endif
+  return true;
 }
 
 InstructionSet instruction_set() {

@@ -1,7 +1,7 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
 // In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h). Elsewhere the base products go to the vendor
-// library through ATen, and what surrounds them is low_rank.h's, or composed of ATen products that accumulate into the
+// library through ATen, in float32 where the processor has no instructions for the dtype, and what surrounds them is low_rank.h's, or composed of ATen products that accumulate into the
 // fresh outputs. Either way siblings share one shrink product and dropout is made again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -91,6 +91,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
   const auto dropout = dropout_from(dropout_p, seed);
   if (fused::serves(x, weights))
     return fused::lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout);
+  if (!has_vendor_products(dtype)) {
+    auto [wide_ys, h] = lora_group_forward(
+        x.to(at::kFloat), all_to(weights, at::kFloat), all_to(biases, at::kFloat), lora_As, lora_Bs, scalings, dropout_p,
+        seed);
+    return {all_to(wide_ys, dtype), h};
+  }
   std::vector<at::Tensor> ys;
   ys.reserve(weights.size());
   int64_t ranks = 0;
@@ -122,6 +128,12 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   const auto dropout = dropout_from(dropout_p, seed);
   if (fused::serves(x, weights))
     return fused::lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout, needs_dx);
+  if (!has_vendor_products(dtype)) {
+    auto [dx, dAs, dBs] = lora_group_backward(
+        all_to(dys, at::kFloat), x.to(at::kFloat), h, all_to(weights, at::kFloat), lora_As, lora_Bs, scalings, dropout_p,
+        seed, needs_dx);
+    return {dx.to(dtype), std::move(dAs), std::move(dBs)};
+  }
   at::Tensor g = at::empty(h.sizes(), x.options());
   std::vector<at::Tensor> dAs, dBs;
   for (size_t i = 0; i < weights.size(); ++i) {

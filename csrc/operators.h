@@ -14,6 +14,24 @@ inline at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ?
 
 inline at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
+// Whether a vendor library multiplies in this floating dtype by instructions that the processor has for it, as
+// aletheia_kernels.dtypes tells. Where it does not, operators widen their operands to float32: several times as quick.
+bool has_vendor_products(at::ScalarType dtype);
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+inline std::vector<at::Tensor> all_to(at::TensorList tensors, at::ScalarType dtype) {
+  std::vector<at::Tensor> out;
+  for (const at::Tensor& tensor : tensors) out.push_back(tensor.to(dtype));
+  return out;
+}
+inline OptionalTensors all_to(const OptionalTensors& tensors, at::ScalarType dtype) {
+  OptionalTensors out;
+  for (const std::optional<at::Tensor> tensor : tensors)
+    out.push_back(tensor ? std::optional(tensor->to(dtype)) : std::nullopt);
+  return out;
+}
+
 // Where each of the tensors begins when they are joined along a dimension, and where the last one ends.
 inline std::vector<int64_t> offsets_of(at::TensorList tensors, int64_t dim) {
   std::vector<int64_t> offsets{0};
@@ -23,8 +41,6 @@ inline std::vector<int64_t> offsets_of(at::TensorList tensors, int64_t dim) {
 
 // Whether malloc took the settings.
 bool tune_allocator();
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
     const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
