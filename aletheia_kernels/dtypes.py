@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -25,5 +27,6 @@ def has_vendor_products(dtype: torch.dtype) -> bool:
     library = torch.ops.mkldnn
     if dtype == torch.float16:
         return library._is_mkldnn_fp16_supported()
-    widened = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
-    return library._is_mkldnn_bf16_supported() and not widened
+    if platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return library._is_mkldnn_bf16_supported()

@@ -173,7 +173,8 @@ def lora_gated_mlp(
         weights: of gate [width, in], up [width, in] and down [out, width], in x's dtype, frozen; or functions that make
             them, as :func:`aletheia_kernels.lora_group` takes them.
         biases: of each [out_i] in x's dtype, frozen, or None.
-        lora_As: of each [r_i, in_i], x's dtype or wider; rounded to x's dtype for the products.
+        lora_As: of each [r_i, in_i], x's dtype or wider; rounded to x's dtype, or as they
+            are where the processor multiplies in float32 for want of that dtype's products.
         lora_Bs: of each [out_i, r_i], likewise.
         scalings: of each s_i.
         activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation).

@@ -247,7 +247,8 @@ def lora_group(
             and in eager mode again in the backward pass, so that nothing of what it makes is kept; where the call is
             traced, once.
         biases: per projection [out_i] in x's dtype, or None.
-        lora_As: per projection [r_i, in], x's dtype or wider; rounded to x's dtype for the products.
+        lora_As: per projection [r_i, in], x's dtype or wider; rounded to x's dtype, or as they
+            are where the processor multiplies in float32 for want of that dtype's products.
         lora_Bs: per projection [out_i, r_i], likewise.
         scalings: per projection s_i (alpha / r, or alpha / √r for rsLoRA).
         dropout_p: 0 ≤ p < 1.

@@ -21,7 +21,6 @@ namespace {
 using low_rank::KernelSet;
 using low_rank::kQueries;
 using low_rank::kTokens;
-using low_rank::Packed;
 using low_rank::Rows;
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;

@@ -492,7 +492,8 @@ bool serves(at::ScalarType dtype) {
 std::tuple<at::Tensor, at::Tensor> forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& first, const at::Tensor& last,
     double scale) {
-  return (tile_registers_in_use() ? aletheia::forward<TileProducts> : aletheia::forward<VectorProducts>)(q, k, v, first, last, scale);
+  return (tile_registers_in_use() ? aletheia::forward<TileProducts> : aletheia::forward<VectorProducts>)(
+      q, k, v, first, last, scale);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(

@@ -72,7 +72,7 @@ InstructionSet offered_instruction_set() {
 bool has_vendor_products(at::ScalarType dtype) {
 #ifdef ALETHEIA_X86_SETS
   if (dtype == at::kBFloat16) return offered_instruction_set() >= InstructionSet::kAvx512Bf16;
-  // AVX512-FP16 came with AMX and, so far, never without it.
+  // AVX512-FP16 comes with AMX; the few processors that offer it alone are widened for nothing.
   if (dtype == at::kHalf) return offered_instruction_set() >= InstructionSet::kAmxBf16;
 #endif
   return true;

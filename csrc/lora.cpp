@@ -1,8 +1,9 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
 // In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h). Elsewhere the base products go to the vendor
-// library through ATen, in float32 where the processor has no instructions for the dtype, and what surrounds them is low_rank.h's, or composed of ATen products that accumulate into the
-// fresh outputs. Either way siblings share one shrink product and dropout is made again from its seed.
+// library through ATen, in float32 where the processor has no instructions for the dtype, and what surrounds them is
+// low_rank.h's, or composed of ATen products that accumulate into the fresh outputs. Either way siblings share one shrink
+// product and dropout is made again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
@@ -130,8 +131,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
     return fused::lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout, needs_dx);
   if (!has_vendor_products(dtype)) {
     auto [dx, dAs, dBs] = lora_group_backward(
-        all_to(dys, at::kFloat), x.to(at::kFloat), h, all_to(weights, at::kFloat), lora_As, lora_Bs, scalings, dropout_p,
-        seed, needs_dx);
+        all_to(dys, at::kFloat), x.to(at::kFloat), h, needs_dx ? all_to(weights, at::kFloat) : weights.vec(), lora_As,
+        lora_Bs, scalings, dropout_p, seed, needs_dx);
     return {dx.to(dtype), std::move(dAs), std::move(dBs)};
   }
   at::Tensor g = at::empty(h.sizes(), x.options());

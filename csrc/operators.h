@@ -14,8 +14,8 @@ inline at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ?
 
 inline at::Tensor with_unit_columns(const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
-// Whether a vendor library multiplies in this floating dtype by instructions that the processor has for it, as
-// aletheia_kernels.dtypes tells. Where it does not, operators widen their operands to float32: several times as quick.
+// Whether this processor has instructions for products in a floating dtype; true where that is not known. Where it has
+// not, operators widen their operands to float32, which is several times as quick.
 bool has_vendor_products(at::ScalarType dtype);
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;

@@ -6,12 +6,15 @@ namespace {
 
 static_assert(kQueries % kLanes == 0);
 
-// 2^t = 2^n 2^f, n the integer next to t, 2^f by the polynomial of degree 6 that is 1 at 0 and off by at most 2e-9 of it
-// for |f| <= 1/2, which is less than its roundings. Stops at 2^-125: smaller numbers take a hundred times as long. A NaN
-// stays one, since it is not smaller than anything.
+// A weight below 2^-64 of the largest changes no sum of floats, and what it is multiplied with would be subnormal: numbers
+// that take a hundred times as long.
+constexpr float kNegligible = -64.0f;
+
+// 2^t = 2^n 2^f for t <= 0, and 2^kNegligible for less; n is the integer next to t, 2^f the polynomial of degree 6 that is
+// 1 at 0 and off by at most 2e-8 of it for |f| <= 1/2, less than its roundings. A NaN stays one, being less than nothing.
 ALETHEIA_INLINE Floats power_of_two(Floats t) {
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: its last digit is worth 1
-  t = t < -125.0f ? Floats{} - 125.0f : t;
+  t = t < kNegligible ? Floats{} + kNegligible : t;
   const Floats shifted = t + magic;
   const Floats f = t - (shifted - magic);
   Floats p = Floats{} + 1.5353363e-4f;
@@ -39,11 +42,14 @@ void softmax(
       const Floats t = load_vector(s + key * kQueries) * scale;
       const Ints higher = (from <= at) & (at < past) & (t > top);
       top = higher ? t : top;
+      // Rounded for good: a product and a difference in one instruction would leave the top its rounding error.
+      store_vector(t, s + key * kQueries);
     }
     for (int64_t key = 0; key < keys; ++key) {
       const Ints at = Ints{} + static_cast<int32_t>(position + key);
-      const Floats p = power_of_two(load_vector(s + key * kQueries) * scale - top);
-      const Floats weight = (from <= at) & (at < past) ? p : Floats{};
+      const Floats t = load_vector(s + key * kQueries) - top;
+      const Ints counts = (from <= at) & (at < past) & ~(t < kNegligible);
+      const Floats weight = counts ? power_of_two(t) : Floats{};
       total += weight;
       store_vector(weight, s + key * kQueries);
     }

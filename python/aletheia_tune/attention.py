@@ -84,6 +84,7 @@ def attention_forward(
         module.training
         and dropout == 0.0
         and query.shape[2] == key.shape[2]
+        and key.shape == value.shape  # latent attention's values are narrower than its keys
         and all(kwargs.get(name) is None for name in _UNKNOWN)
         and not torch.compiler.is_compiling()
         and backends.choose("range_attention", query.device, query.dtype).backend != "reference"

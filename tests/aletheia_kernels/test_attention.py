@@ -189,6 +189,24 @@ def test_large_scores_do_not_overflow(dtype, two_times_rule):
         two_times_rule(name, ours[name], naive[name], exact[name])
 
 
+# Of scores this large the roundings are larger than any exponent: the key with the largest takes all.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [case for case in COMPILED if case[0] in ("default", "avx2", "avx512")]
+)
+def test_scores_beyond_every_exponent(monkeypatch, name, dtype):
+    monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
+    monkeypatch.setenv("ALETHEIA_CPU_ISA", name)
+    *qkv, grad = operands(1, 2, 1, 60, 32, dtype)
+    qkv[0], qkv[1] = qkv[0] * 3e9, qkv[1] * 3e9
+    first, last = kinds("causal", 1, 60, 0)
+    ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    exact = with_gradients(lambda *t: plain(*t, first, last), qkv, grad, torch.float64)
+    for which in ("o", "dv"):
+        torch.testing.assert_close(ours[which].double(), exact[which], rtol=2e-2, atol=1e-2)
+    assert ours["dq"].isfinite().all()
+    assert ours["dk"].isfinite().all()
+
+
 def test_gradcheck(monkeypatch):
     monkeypatch.setenv("ALETHEIA_BACKEND", "reference")
     *qkv, _ = operands(2, 4, 2, 6, 3, torch.float64)

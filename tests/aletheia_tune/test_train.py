@@ -750,6 +750,7 @@ def test_metrics_of_another_kind_are_refused():
 def test_native_keeps_weights_in_bfloat16_only_where_its_products_are_fast(monkeypatch, tiny_model_dir, fast):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     expected = "bfloat16" if fast else "float32"
     assert TrainConfig(steps=1, progress=False).dtype == expected
     assert load_model(tiny_model_dir)[0].dtype == getattr(torch, expected)
