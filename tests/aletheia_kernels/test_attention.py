@@ -178,6 +178,38 @@ def test_keys_that_no_query_sees_may_hold_anything(monkeypatch, name, dtype, rea
         assert torch.equal(given[which], tensor), which
 
 
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys"), [(2, 37, 90), (1, 90, 37), (0, 5, 5), (2, 0, 9), (1, 7, 0)]
+)
+def test_other_keys_than_queries_and_nothing_at_all(dtype, two_times_rule, batch, queries, keys):
+    generator = torch.Generator().manual_seed(0)
+    qkv = [
+        torch.randn(batch, h, n, 24, generator=generator).to(dtype)
+        for h, n in ((4, queries), (2, keys), (2, keys))
+    ]
+    grad = (
+        torch.randn(batch, 1, 1, 24, generator=generator).to(dtype).expand(batch, 4, queries, 24)
+    )  # one row for all
+    last = torch.randint(0, keys + 1, (batch, queries), generator=generator, dtype=torch.int32)
+    first = (last - 20).clamp_min(0)
+    seen = torch.where(last > first, 1.0, 0.0)[:, None, :, None].double()
+    ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    assert [t.shape for t in ours.values()] == [qkv[0].shape, *(t.shape for t in qkv)]
+    if batch * queries * keys == 0:
+        assert all((t == 0).all() for t in ours.values())
+        return
+    # A query without keys looks at key 0 and is given no gradient: `plain` cannot be asked about an empty row.
+    last = torch.where(last > first, last, first + 1)
+    naive, exact = (
+        with_gradients(
+            lambda *t: plain(*t, first, last) * seen.to(as_dtype), qkv, grad * seen.to(dtype), as_dtype
+        )
+        for as_dtype in (dtype, torch.float64)
+    )
+    for name in exact:
+        two_times_rule(name, ours[name], naive[name], exact[name])
+
+
 def test_large_scores_do_not_overflow(dtype, two_times_rule):
     *qkv, grad = operands(1, 2, 1, 60, 32, dtype)
     qkv[0] = qkv[0] * 60
