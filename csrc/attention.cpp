@@ -10,6 +10,7 @@
 
 #include "attention_bf16.h"
 #include "convert.h"
+#include "heads.h"
 #include "key_ranges.h"
 #include "low_rank.h"
 #include "operators.h"
@@ -26,18 +27,6 @@ using low_rank::Rows;
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-// Strided [batch, heads, tokens, features] with unit last stride.
-template <typename T>
-struct Heads {
-  const T* data;
-  int64_t batch, head, row;
-  explicit Heads(const at::Tensor& t)
-      : data(t.const_data_ptr<T>()), batch(t.stride(0)), head(t.stride(1)), row(t.stride(2)) {}
-  const T* at(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * row; }
-};
-
-at::Tensor with_unit_features(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
 
 // What a strip of queries see: each of them the keys [first, last) of its segment, any of them some of [start, end).
 struct Strip {

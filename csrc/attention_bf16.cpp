@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "block_product.h"
+#include "heads.h"
 #include "key_ranges.h"
 
 #ifdef ALETHEIA_AVX512BF16
@@ -143,17 +144,6 @@ void transpose_rows(const bf16* z, int64_t ld, int64_t count, int64_t features, 
 // Rows of a transposed operand: not a power of two apart, so that a tile's rows do not share their cache sets.
 constexpr int64_t transposed_row(int64_t keys) { return in_groups(keys) + kGroup; }
 
-// Strided [batch, heads, tokens, features] bfloat16 with unit last stride.
-struct Heads {
-  const bf16* data;
-  int64_t batch, head, row;
-  explicit Heads(const at::Tensor& t)
-      : data(t.const_data_ptr<bf16>()), batch(t.stride(0)), head(t.stride(1)), row(t.stride(2)) {}
-  const bf16* at(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * row; }
-};
-
-at::Tensor with_unit_features(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
-
 // What up to 32 queries side by side see: each of them the keys [first, last), any of them some of the `count` from
 // `start` on.
 struct Group {
@@ -262,7 +252,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const int64_t keys = k_t.size(2), groups = k_t.size(1), per_group = heads / groups;
   at::Tensor o_t = at::empty({batch, queries, heads, features}, q_t.options()).transpose(1, 2);
   at::Tensor lse_t = at::empty({batch, heads, queries}, q_t.options().dtype(at::kFloat));
-  const Heads q(q_t), k(k_t), v(v_t);
+  const Heads<bf16> q(q_t), k(k_t), v(v_t);
   bf16* o = o_t.mutable_data_ptr<bf16>();
   float* lse = lse_t.mutable_data_ptr<float>();
   const Segments segments(first, last, keys);
@@ -345,7 +335,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   const int64_t keys = k_t.size(2), groups = k_t.size(1), per_group = heads / groups;
   at::Tensor dq_t = at::empty(q_t.sizes(), q_t.options());
   at::Tensor dk_t = at::empty(k_t.sizes(), q_t.options()), dv_t = at::empty(k_t.sizes(), q_t.options());
-  const Heads q(q_t), k(k_t), v(v_t), dO(do_t);
+  const Heads<bf16> q(q_t), k(k_t), v(v_t), dO(do_t);
   bf16* dq = dq_t.mutable_data_ptr<bf16>();
   bf16* dk = dk_t.mutable_data_ptr<bf16>();
   bf16* dv = dv_t.mutable_data_ptr<bf16>();
@@ -464,7 +454,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
                 sums.data(), scales, count, features, dq + ((b * heads + h) * queries + start) * features, features);
           }
           const int64_t inner = in_groups(block_count);
-          const auto add = [&](const Scratch<uint16_t>& left, const Heads& z, const Scratch<float>& into) {
+          const auto add = [&](const Scratch<uint16_t>& left, const Heads<bf16>& z, const Scratch<float>& into) {
             pack_rows(z.at(b, h, block), z.row, block_count, features, rows.data());
             products.template product<Into::kAddFloat>(
                 reinterpret_cast<const bf16*>(left.data()) + from * kQueries, kQueries, std::max<int64_t>(to - from, 0),

@@ -86,6 +86,24 @@ def with_gradients(attend, qkv: list[Tensor], grad: Tensor, as_dtype: torch.dtyp
     return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *grads), strict=True))
 
 
+def hold_to_the_definition(
+    rule, ours: dict[str, Tensor], qkv: list[Tensor], grad: Tensor, first: Tensor, last: Tensor
+) -> None:
+    """The two-times rule where some queries may be without keys.
+
+    `plain` cannot be asked about those: they look at their first key instead, and give zeros and no gradient.
+    """
+    empty = (last <= first)[:, None, :, None]
+    last = torch.where(last > first, last, first + 1)
+    grad = grad.masked_fill(empty, 0.0)
+    naive, exact = (
+        with_gradients(lambda *t: plain(*t, first, last).masked_fill(empty, 0.0), qkv, grad, dtype)
+        for dtype in (grad.dtype, torch.float64)
+    )
+    for name in exact:
+        rule(name, ours[name], naive[name], exact[name])
+
+
 @settings(max_examples=25)
 @given(
     batch=st.integers(1, 3),
@@ -121,15 +139,7 @@ def test_queries_without_keys_give_zeros_and_no_gradient(dtype, two_times_rule, 
     ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
     assert (ours["o"].masked_select(empty) == 0).all()
     assert (ours["dq"].masked_select(empty) == 0).all()
-    # The same with those queries looking at key 0 and their upstream gradient removed.
-    last = torch.where(last > first, last, first + 1)
-    grad = grad.masked_fill(empty, 0.0)
-    naive, exact = (
-        with_gradients(lambda *t: plain(*t, first, last).masked_fill(empty, 0.0), qkv, grad, as_dtype)
-        for as_dtype in (dtype, torch.float64)
-    )
-    for name in exact:
-        two_times_rule(name, ours[name], naive[name], exact[name])
+    hold_to_the_definition(two_times_rule, ours, qkv, grad, first, last)
 
 
 def test_strided_operands_and_the_layout_of_the_output(dtype):
@@ -192,21 +202,12 @@ def test_other_keys_than_queries_and_nothing_at_all(dtype, two_times_rule, batch
     )  # one row for all
     last = torch.randint(0, keys + 1, (batch, queries), generator=generator, dtype=torch.int32)
     first = (last - 20).clamp_min(0)
-    empty = (last <= first)[:, None, :, None]
     ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
     assert [t.shape for t in ours.values()] == [qkv[0].shape, *(t.shape for t in qkv)]
     if batch * queries * keys == 0:
         assert all((t == 0).all() for t in ours.values())
         return
-    # A query without keys looks at key 0 and is given no gradient: `plain` cannot be asked about an empty row.
-    last = torch.where(last > first, last, first + 1)
-    grad = grad.masked_fill(empty, 0.0)
-    naive, exact = (
-        with_gradients(lambda *t: plain(*t, first, last).masked_fill(empty, 0.0), qkv, grad, as_dtype)
-        for as_dtype in (dtype, torch.float64)
-    )
-    for name in exact:
-        two_times_rule(name, ours[name], naive[name], exact[name])
+    hold_to_the_definition(two_times_rule, ours, qkv, grad, first, last)
 
 
 def test_large_scores_do_not_overflow(dtype, two_times_rule):
