@@ -880,7 +880,8 @@ def test_overwrite(run, given, plan_file, scores_file, tmp_path):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(run, given, plan_file, tmp_path):
     out = tmp_path / "out"
-    arguments = options({**given, "--steps": "9"}, plan=plan_file, out=out, learning_rate="1e30", warmup=0)
+    # The first projection overflows. From 1e30 a model comes back: a norm divides what is too large by infinity.
+    arguments = options({**given, "--steps": "9"}, plan=plan_file, out=out, learning_rate="3e38", warmup=0)
     ran = run("train", *arguments)
     assert_one_line(ran, "at step 2", out)
     adapter = load_file(out / "adapter_model.safetensors")
