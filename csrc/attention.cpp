@@ -31,11 +31,10 @@ int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple -
 // What a strip of queries see: each of them the keys [first, last) of its segment, any of them some of [start, end).
 struct Strip {
   int32_t first[kQueries] = {}, last[kQueries] = {};
-  int64_t query, count;  // of the row of the batch
-  int64_t start = 0, end = 0;
+  int64_t count, start = 0, end = 0;
 
   Strip(const Segments& segments, const Segment& segment, int64_t queries, int64_t query)
-      : query(query), count(std::min(kQueries, segment.query + segment.queries - query)) {
+      : count(std::min(kQueries, segment.query + segment.queries - query)) {
     int64_t least = std::numeric_limits<int64_t>::max();
     for (int64_t m = 0; m < count; ++m) {
       first[m] = segments.firsts[segment.row * queries + query + m];
@@ -88,7 +87,7 @@ class Strips {
  public:
   Strips(const KernelSet& set, int64_t most, int64_t features)
       : set_(set), most_(most), features_(features), width_(2 * set.lanes),
-        packed_(kQueries * std::max(features, rounded_up(features, set.lanes))),
+        packed_(kQueries * rounded_up(features, set.lanes)),
         sums_(rounded_up(features, width_) * kQueries) {}
 
   Scratch<float> scores() const { return Scratch<float>(most_ * kQueries); }
