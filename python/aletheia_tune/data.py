@@ -8,8 +8,8 @@ A record is an object in one of three formats, told from the first record unless
 * ``{"messages": [{"role": str, "content": str}, ...]}``: only the assistant's turns are learned.
 * ``{"text": str}``: every token is learned, and the eos that is appended.
 
-In a list of messages an assistant's turn with ``tool_calls`` needs no content, and the record's ``tools`` (a list, or
-the JSON of one) are given to the chat template.
+In a list of messages content may be a list of parts, ``{"type": "text", "text": str}``, which are joined. An assistant's
+turn with ``tool_calls`` needs none, and the record's ``tools`` (a list, or the JSON of one) are given to the chat template.
 
 Or it is a text to classify, ``{"text": str, "label": str | int}``: `class_names` finds the classes of such a file, and
 with them the class is learned and no token.
@@ -402,9 +402,25 @@ def _message(turn: object, where: str) -> dict[str, Any]:
     calls = turn.get("tool_calls")
     if calls is not None:
         _objects(calls, "tool_calls", where)
+    said = dict(turn)
     if turn.get("content") is not None or not (role == "assistant" and calls):
-        _string(turn, "content", where)
-    return {key: value for key, value in turn.items() if key == "content" or value not in (None, [])}
+        said["content"] = _content(turn, where)
+    return {key: value for key, value in said.items() if key == "content" or value not in (None, [])}
+
+
+def _content(turn: Mapping[str, Any], where: str) -> str:
+    """What a turn says, which may be spread over parts of type text."""
+    if not _is_list(turn.get("content")):
+        return _string(turn, "content", where)
+    parts = _objects(turn["content"], "content", where)
+    texts = []
+    for number, part in enumerate(parts, start=1):
+        each = f"{where}: content {number}"
+        kind = _string(part, "type", each)
+        if kind != "text":
+            raise UserError(f"{each} is of type {kind!r}: only text can be learned from")
+        texts.append(_string(part, "text", each))
+    return "".join(texts)
 
 
 def _tools(record: Mapping[str, Any], where: str) -> list[Any] | None:

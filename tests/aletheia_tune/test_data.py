@@ -196,6 +196,16 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place
 TOOLS = [{"name": "weather"}, {"name": "time"}]
 
 
+def test_content_in_parts_is_their_text_joined():
+    parts = [{"type": "text", "text": "a", "image": None}, {"type": "text", "text": "?"}]
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    in_parts = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+    ]
+    assert load_examples([{"messages": in_parts}], CHAT) == load_examples([{"messages": turns}], CHAT)
+
+
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
 @pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}])
 def test_a_turn_that_calls_a_tool_says_something(content, tools):
@@ -382,8 +392,20 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
         (b'{"messages": ["hi"]}\n', r"line 1: message 1 is not an object but a string"),
         (b'{"messages": [{"role": "user"}]}\n', r"line 1: message 1: no field 'content', only fields 'role'"),
         (
-            b'{"messages": [{"role": "user", "content": []}]}\n',
-            r"message 1: field 'content' is not a string but a list",
+            b'{"messages": [{"role": "user", "content": {"text": "a"}}]}\n',
+            r"message 1: field 'content' is not a string but an object",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": ["a"]}]}\n',
+            r"message 1: content 1 is not an object but a string",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}\n',
+            r"message 1: content 2 is of type 'image': only text can be learned from",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n',
+            r"message 1: content 1: no field 'text', only fields 'type'",
         ),
         (
             b'{"messages": [{"role": "assistant", "content": null}]}\n',
