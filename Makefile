@@ -17,7 +17,7 @@ SANITIZED := build/sanitized
 # Of their own: PEFT and transformers import these wherever they find them, and every command would wait for that.
 QUANTISED := .venv/quantised
 
-.PHONY: run test test-package test-kernels test-gpu mutations bench parity sanitize fuzz kill-test soak screenshots install clean
+.PHONY: run test test-tune test-package test-kernels test-gpu mutations bench parity sanitize fuzz kill-test soak screenshots install clean
 run: install
 	$(BIN)/python examples/demo.py
 
@@ -26,11 +26,14 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) --no-print-directory -j 2 test-package test-kernels
+	$(MAKE) --no-print-directory -j 3 test-tune test-package test-kernels
 
-# Mostly one thread each, so two cores run both at once.
+# Mostly one thread each and about as long: two cores are busy to the end.
+test-tune:
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/aletheia_tune
+
 test-package:
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/aletheia_kernels tests/benchmarks tests/examples tests/robustness
 	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/quantised \
 	  "tests/examples/test_docs.py::test_the_blocks_of_a_page_run_in_their_order[quantised]"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.robustness.fuzz --seconds 20

@@ -5,6 +5,8 @@
 // once for all of them, and dK, dV are summed by one thread alone. A strip holds the scores K qᵀ of kQueries queries with
 // the keys that any of them sees, so there is no running maximum and nothing outside is computed; the rows of Pᵀ and dSᵀ
 // are the left factors of dV and dK, their columns those of o and dq. The products are low_rank_kernels.h's.
+#include <ATen/ops/empty.h>
+
 #include <cmath>
 #include <limits>
 

@@ -8,6 +8,8 @@
 // sees, so there is no running maximum and nothing outside is computed.
 #include "attention_bf16.h"
 
+#include <ATen/ops/empty.h>
+
 #include <cmath>
 #include <limits>
 

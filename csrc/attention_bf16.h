@@ -1,7 +1,7 @@
 // Attention over a contiguous range of keys a query, in bfloat16 products, on processors with AVX512-BF16.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <tuple>
 

@@ -11,7 +11,7 @@
 #ifdef ALETHEIA_X86_SETS
 #define ALETHEIA_AVX512BF16 1
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <immintrin.h>
 

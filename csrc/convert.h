@@ -1,7 +1,7 @@
 // Elements to the dtype that sums are carried in and back, branch-free, so that loops around them vectorise.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <bit>
 #include <cstdint>

@@ -1,6 +1,10 @@
 // Linear + cross entropy in row blocks (mathematics: aletheia_kernels/reference/cross_entropy.py).
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
 #include <cstring>

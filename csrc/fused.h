@@ -2,7 +2,7 @@
 // product and adapter in one sum, and everything a block needs done while it is in cache.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>

@@ -1,6 +1,8 @@
 // What the fused operators share: adapters packed for every product they enter, and the sums of their gradients.
 #pragma once
 
+#include <ATen/ops/empty.h>
+
 #include "block_product.h"
 #include "fused.h"
 

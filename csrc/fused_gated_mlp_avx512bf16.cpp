@@ -1,5 +1,7 @@
 // Gated MLP, a block of rows from x to y and from dy to dx: the product act(gate) ⊙ up, dgate and dup never leave the
 // cache; or, where the weights are wide, all rows a stage at a time (mathematics: aletheia_kernels/reference/gated_mlp.py).
+#include <ATen/ops/empty.h>
+
 #include "fused_avx512bf16.h"
 
 #ifdef ALETHEIA_AVX512BF16

@@ -2,6 +2,8 @@
 // likewise (mathematics: aletheia_kernels/reference/lora.py).
 //
 // Backward, a block of rows of every dy serves g, dB and dx, and of x serves dA, before the next block is touched.
+#include <ATen/ops/empty.h>
+
 #include "fused_avx512bf16.h"
 #include "instruction_set.h"
 

@@ -2,6 +2,13 @@
 //
 // In bfloat16 on a processor with AVX512-BF16 one sweep over blocks of rows (fused.h); elsewhere two LoRA groups with the
 // activation between them, in float32 where the processor has no products in the dtype. Either way gate and up are kept for backward, and their product is computed again.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+
 #include "fused.h"
 #include "operators.h"
 

@@ -1,7 +1,7 @@
 // Queries, keys or values as attention reads them: by batch, head and token, whatever the order in memory.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 

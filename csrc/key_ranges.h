@@ -1,7 +1,7 @@
 // A batch of attention, each of whose queries sees one range of keys, cut into parts that have no key in common.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The low-rank half of a LoRA group: everything around the base product.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <type_traits>

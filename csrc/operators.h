@@ -1,7 +1,8 @@
 // The CPU operators, as declared in library.cpp's schemas. The mathematics stands in aletheia_kernels/reference.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 
 #include <string>
 #include <tuple>

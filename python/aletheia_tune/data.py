@@ -8,8 +8,9 @@ A record is an object in one of three formats, told from the first record unless
 * ``{"messages": [{"role": str, "content": str}, ...]}``: only the assistant's turns are learned.
 * ``{"text": str}``: every token is learned, and the eos that is appended.
 
-In a list of messages content may be a list of parts, ``{"type": "text", "text": str}``, which are joined. An assistant's
-turn with ``tool_calls`` needs none, and the record's ``tools`` (a list, or the JSON of one) are given to the chat template.
+In a list of messages content may be a list of parts, ``{"type": "text", "text": str}``, which are joined. An
+assistant's turn with ``tool_calls`` needs none, and the record's ``tools`` (a list, or the JSON of one) are given to
+the chat template.
 
 Or it is a text to classify, ``{"text": str, "label": str | int}``: `class_names` finds the classes of such a file, and
 with them the class is learned and no token.

@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +268,8 @@ def race(
     """Train every arm for the same steps, in turns of `slice_steps`, and compare them.
 
     Call it from a module that can be imported without side effects (guard scripts by `if __name__ ==
-    "__main__"`): the arms are spawned processes.
+    "__main__"`): every arm is a process of its own, which imports it. What the libraries read from the environment when
+    they are imported is, on Linux, what it was at a program's first race.
 
     Args:
         arms: at least one, of different names; the first is the baseline.
@@ -316,6 +319,7 @@ def race(
                     extra_text=extra_text,
                     slice_steps=max(1, round(slice_steps * pace)),
                     out=str(directory / arm.name),
+                    environment=dict(os.environ),
                 )
             )
         finished = _referee(tasks, config.progress)
@@ -380,6 +384,7 @@ class _Task:
     extra_text: str | None
     slice_steps: int
     out: str
+    environment: dict[str, str]
 
 
 # Messages from an arm: ("turn", steps done, steps in all, last loss) gives the baton back and asks for it
@@ -389,6 +394,8 @@ class _Task:
 def _run_arm(task: _Task, pipe: Connection) -> None:
     # Ctrl-C reaches every process of the terminal; the referee ends the arms, which would otherwise each say so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(task.environment)
     try:
         pipe.recv()
         pipe.send(("done", _compete(task, pipe)))
@@ -464,9 +471,9 @@ class _Turns(TrainerCallback):
 
 def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
     """Run the tasks in turns, one at a time, and return what each came to."""
-    context = multiprocessing.get_context("spawn")
+    context = _processes()
     finished: dict[int, dict[str, Any]] = {}
-    running: dict[int, tuple[SpawnProcess, Connection]] = {}
+    running: dict[int, tuple[BaseProcess, Connection]] = {}
     try:
         with _scoreboard([task.arm.name for task in tasks], show) as update:
             while len(finished) < len(tasks):
@@ -498,16 +505,28 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
     return [finished[index] for index in range(len(tasks))]
 
 
-def _start(context: SpawnContext, task: _Task) -> tuple[SpawnProcess, Connection]:
+def _processes() -> BaseContext:
+    """How to start an arm: a new process, on Linux a fork of one that has done nothing but import what arms need.
+
+    Importing takes seconds, and the search of rates starts an arm for each of them.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.trainer"])
+    return context
+
+
+def _start(context: BaseContext, task: _Task) -> tuple[BaseProcess, Connection]:
     """A process for an arm, which waits for the baton."""
     ours, theirs = context.Pipe()
-    process = context.Process(target=_run_arm, args=(task, theirs), daemon=True)
+    process: BaseProcess = context.Process(target=_run_arm, args=(task, theirs), daemon=True)  # type: ignore[attr-defined]
     process.start()
     theirs.close()
     return process, ours
 
 
-def _turn(name: str, process: SpawnProcess, pipe: Connection) -> Any:
+def _turn(name: str, process: BaseProcess, pipe: Connection) -> Any:
     """Let an arm compute until it gives the baton back or ends."""
     try:
         pipe.send("go")

@@ -100,6 +100,16 @@ def test_a_failing_arm_ends_the_race(tiny_model_dir, train_file, eval_file, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arms_have_the_environment_of_their_race(
+    tiny_model_dir, train_file, eval_file, tmp_path, monkeypatch
+):
+    given = (tiny_model_dir, train_file, eval_file, CONFIG)
+    race(arms(tiny_model_dir)[1:], *given, tmp_path / "before")  # whatever arms are forked from has begun
+    monkeypatch.setenv("ALETHEIA_BACKEND", "none")
+    with pytest.raises(RuntimeError, match="ALETHEIA_BACKEND='none' names no backend"):
+        race(arms(tiny_model_dir)[1:], *given, tmp_path / "after")
+
+
 def test_an_arm_that_dies_is_named(tiny_model_dir, train_file, eval_file, tmp_path, monkeypatch):
     monkeypatch.setattr(race_module, "_run_arm", os.abort)  # spawned children get it by its name: os.abort()
     with pytest.raises(UserError, match="arm uniform: its process was"):
@@ -182,7 +192,7 @@ def test_only_one_arm_holds_the_baton(monkeypatch):
         def Pipe() -> tuple[Line, Line]:
             return Line(), Line()
 
-    monkeypatch.setattr(race_module.multiprocessing, "get_context", lambda _: Context)
+    monkeypatch.setattr(race_module, "_processes", lambda: Context)
     monkeypatch.setattr(race_module, "wait", lambda _: None)
     tasks: Any = [type("Task", (), {"arm": Arm(name, PLAN, True)}) for name in ("one", "two")]
     finished = race_module._referee(tasks, show=False)

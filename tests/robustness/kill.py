@@ -9,7 +9,7 @@ left aside. Then, a fifth as often each: a disk that is full from a random step 
 middle whose activations are NaN; both must end in one line, keep what was good, and go on.
 
 Processes are forked, so that the libraries are imported once: the parent computes in one thread, which is all that a
-fork keeps. The arms of a race are spawned in use and forked here.
+fork keeps. The arms of a race are forked from a process of their own in use, and from this one here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -448,7 +447,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     fork = multiprocessing.get_context("fork")
-    race.multiprocessing = SimpleNamespace(get_context=lambda _: fork)  # type: ignore[attr-defined]
+    race._processes = lambda: fork
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
