@@ -25,6 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -508,9 +509,10 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
 def _processes() -> BaseContext:
     """How to start an arm: a new process, on Linux a fork of one that has done nothing but import what arms need.
 
-    Importing takes seconds, and the search of rates starts an arm for each of them.
+    Importing takes seconds, and the search of rates starts an arm for each of them. Beside a card nothing is forked:
+    libraries that look for one as they are imported may leave a fork without it.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or torch.accelerator.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.trainer"])

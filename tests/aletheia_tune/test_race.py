@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -108,6 +110,13 @@ def test_arms_have_the_environment_of_their_race(
     monkeypatch.setenv("ALETHEIA_BACKEND", "none")
     with pytest.raises(RuntimeError, match="ALETHEIA_BACKEND='none' names no backend"):
         race(arms(tiny_model_dir)[1:], *given, tmp_path / "after")
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_beside_a_card_nothing_is_forked(card, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: card)
+    forks = sys.platform == "linux" and not card
+    assert race_module._processes().get_start_method() == ("forkserver" if forks else "spawn")
 
 
 def test_an_arm_that_dies_is_named(tiny_model_dir, train_file, eval_file, tmp_path, monkeypatch):
