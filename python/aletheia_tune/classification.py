@@ -78,7 +78,7 @@ def numbered_classes(
 
 def _names_in(source: str) -> tuple[str, ...]:
     try:
-        names = transformers.AutoConfig.from_pretrained(source, local_files_only=True).id2label
+        names = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).id2label
     except (OSError, ValueError, KeyError):  # `load_model` says what is wrong
         return ()
     return tuple(str(names[number]) for number in sorted(names or {}))
@@ -104,7 +104,7 @@ def load_classifier(
     which decoders need to find the last token of a text.
 
     Args:
-        source: directory, or name in the local cache.
+        source: directory, or name on the hub.
         tokenizer: of the model.
         classes: names, whose places are their numbers; at least two (`in_order_of`: as the checkpoint numbers them).
         seed: of a new head; the global random state stays as it was.

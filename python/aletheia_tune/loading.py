@@ -1,4 +1,4 @@
-"""A pretrained model and its tokenizer, from a directory or the local cache, without running code of theirs."""
+"""A pretrained model and its tokenizer, from a directory or the hub, without running code of theirs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ def load_model(
     classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a directory or from the local cache of hub models.
+    """A causal language model and its tokenizer, from a directory or from the hub.
 
     Weights are read from safetensors only, and no code that comes with the model is run.
 
     Args:
-        model_dir: the directory, or a name in the cache.
+        model_dir: the directory, or a name on the hub ("owner/model"), which is downloaded if it is not in the local
+            cache; with HF_HUB_OFFLINE=1 it has to be there.
         dtype: of the weights, "bfloat16", "float32", "native" for `native_dtype`, or "auto" for the one
             in which they are stored.
         classes: a sequence classifier for these classes instead, as `classification.load_classifier` makes it.
@@ -100,12 +101,12 @@ def load_shape(model_dir: str | os.PathLike[str]) -> PreTrainedModel:
     Raises:
         UserError: nothing there, a configuration that makes no model, or one of neither kind of model.
     """
-    source, _ = _source(model_dir)
+    source, local = _source(model_dir)
     try:
         # An encoder is told that its language model lacks a setting, which its layers' shapes do not depend on.
         with errors_alone():
             config = transformers.AutoConfig.from_pretrained(
-                source, local_files_only=True, trust_remote_code=False
+                source, local_files_only=local, trust_remote_code=False
             )
             auto_class: Any = transformers.AutoModelForCausalLM
             if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -125,7 +126,7 @@ def load_shape(model_dir: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def _source(model_dir: str | os.PathLike[str]) -> tuple[str, bool]:
-    """What to load from, and whether it is a directory, not a name in the cache."""
+    """What to load from, and whether it is a directory, not a name on the hub."""
     path = Path(model_dir)
     local = path.exists()
     if local and not path.is_dir():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import transformers as tf
 from transformers import AutoTokenizer
 
+from aletheia_tune.classification import in_order_of
 from aletheia_tune.errors import UserError
 from aletheia_tune.layers import linear_modules
 from aletheia_tune.loading import load_model, load_shape
@@ -49,3 +52,20 @@ def test_a_plan_of_the_shape_is_one_of_the_model_that_is_loaded(tiny_model_dir: 
     capfd.readouterr()
     assert unscored_plan(load_shape(encoder)) == unscored_plan(classifier)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("load", [load_model, load_shape, lambda name: in_order_of(name, ("no", "yes"))])
+def test_a_name_is_asked_of_the_hub_and_a_directory_is_not(load, tiny_model_dir, monkeypatch):
+    asked: list[str] = []
+
+    def record(name: str, *_: object, **__: object) -> None:
+        asked.append(name)
+        raise OSError("not here")
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", record)
+    monkeypatch.setattr(transformers.utils.hub, "snapshot_download", record)
+    load(tiny_model_dir)
+    assert asked == []
+    with contextlib.suppress(UserError):
+        load("owner/model")
+    assert set(asked) == {"owner/model"}
