@@ -15,6 +15,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -510,9 +511,11 @@ def _processes() -> BaseContext:
     """How to start an arm: a new process, on Linux a fork of one that has done nothing but import what arms need.
 
     Importing takes seconds, and the search of rates starts an arm for each of them. Beside a card nothing is forked:
-    libraries that look for one as they are imported may leave a fork without it.
+    libraries that look for one as they are imported may leave a fork without it. The process that forks is asked through
+    a socket in the temporary directory, whose path has at most 107 characters, 32 of them multiprocessing's own.
     """
-    if sys.platform != "linux" or torch.accelerator.is_available():
+    too_deep = len(os.fsencode(tempfile.gettempdir())) > 107 - 32
+    if sys.platform != "linux" or torch.accelerator.is_available() or too_deep:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.trainer"])

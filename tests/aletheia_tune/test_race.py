@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,11 @@ def test_arms_have_the_environment_of_their_race(
         race(arms(tiny_model_dir)[1:], *given, tmp_path / "after")
 
 
-@pytest.mark.parametrize("card", [False, True])
-def test_beside_a_card_nothing_is_forked(card, monkeypatch):
+@pytest.mark.parametrize(("card", "temporary"), [(False, "/tmp"), (True, "/tmp"), (False, "/" + 80 * "t")])
+def test_beside_a_card_or_in_a_long_path_nothing_is_forked(card, temporary, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: card)
-    forks = sys.platform == "linux" and not card
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
+    forks = sys.platform == "linux" and not card and temporary == "/tmp"
     assert race_module._processes().get_start_method() == ("forkserver" if forks else "spawn")
 
 
