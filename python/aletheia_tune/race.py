@@ -510,9 +510,10 @@ def _referee(tasks: Sequence[_Task], show: bool) -> list[dict[str, Any]]:
 def _processes() -> BaseContext:
     """How to start an arm: a new process, on Linux a fork of one that has done nothing but import what arms need.
 
-    Importing takes seconds, and the search of rates starts an arm for each of them. Beside a card nothing is forked:
-    libraries that look for one as they are imported may leave a fork without it. The process that forks is asked through
-    a socket in the temporary directory, whose path has at most 107 characters, 32 of them multiprocessing's own.
+    Importing takes seconds, and the search of rates starts an arm for each of them. Beside a card nothing is
+    forked: libraries that look for one as they are imported may leave a fork without it. What forks is asked
+    through a socket in the temporary directory, whose path has at most 107 characters, 32 of them multiprocessing's
+    own.
     """
     too_deep = len(os.fsencode(tempfile.gettempdir())) > 107 - 32
     if sys.platform != "linux" or torch.accelerator.is_available() or too_deep:
