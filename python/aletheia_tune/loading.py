@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 _UNLOADABLE = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     RuntimeError,
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
     ImportError,
     SafetensorError,
     StrictDataclassError,

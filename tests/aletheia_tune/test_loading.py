@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,13 @@ def test_a_name_is_asked_of_the_hub_and_a_directory_is_not(load, tiny_model_dir,
     with contextlib.suppress(UserError):
         load("owner/model")
     assert set(asked) == {"owner/model"}
+
+
+@pytest.mark.parametrize("damage", [{"pad_token_id": 999}, {"dtype": "x"}])
+def test_a_configuration_that_makes_no_model_is_one_line(damage, tiny_model_dir, tmp_path):
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | damage))
+    with pytest.raises(UserError, match="cannot load a model from") as caught:
+        load_model(copy, "float32")
+    assert "\n" not in str(caught.value)
