@@ -73,7 +73,7 @@ def test_a_name_is_asked_of_the_hub_and_a_directory_is_not(load, tiny_model_dir,
     assert set(asked) == {"owner/model"}
 
 
-@pytest.mark.parametrize("damage", [{"pad_token_id": 999}, {"dtype": "x"}])
+@pytest.mark.parametrize("damage", [{"pad_token_id": 999}, {"dtype": ["x"]}])
 def test_a_configuration_that_makes_no_model_is_one_line(damage, tiny_model_dir, tmp_path):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
