@@ -33,7 +33,7 @@ test-tune:
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/aletheia_tune
 
 test-package:
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/aletheia_kernels tests/benchmarks tests/examples tests/robustness
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --deselect tests/aletheia_tune
 	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/quantised \
 	  "tests/examples/test_docs.py::test_the_blocks_of_a_page_run_in_their_order[quantised]"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.robustness.fuzz --seconds 20

@@ -321,7 +321,6 @@ def race(
                     extra_text=extra_text,
                     slice_steps=max(1, round(slice_steps * pace)),
                     out=str(directory / arm.name),
-                    environment=dict(os.environ),
                 )
             )
         finished = _referee(tasks, config.progress)
@@ -386,18 +385,17 @@ class _Task:
     extra_text: str | None
     slice_steps: int
     out: str
-    environment: dict[str, str]
 
 
 # Messages from an arm: ("turn", steps done, steps in all, last loss) gives the baton back and asks for it
 # again; ("done", result), ("error", kind, text) end it. The referee's only message is "go".
 
 
-def _run_arm(task: _Task, pipe: Connection) -> None:
+def _run_arm(task: _Task, pipe: Connection, environment: dict[str, str]) -> None:
     # Ctrl-C reaches every process of the terminal; the referee ends the arms, which would otherwise each say so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
-    os.environ.update(task.environment)
+    os.environ.update(environment)
     try:
         pipe.recv()
         pipe.send(("done", _compete(task, pipe)))
@@ -526,7 +524,8 @@ def _processes() -> BaseContext:
 def _start(context: BaseContext, task: _Task) -> tuple[BaseProcess, Connection]:
     """A process for an arm, which waits for the baton."""
     ours, theirs = context.Pipe()
-    process: BaseProcess = context.Process(target=_run_arm, args=(task, theirs), daemon=True)  # type: ignore[attr-defined]
+    given = (task, theirs, dict(os.environ))
+    process: BaseProcess = context.Process(target=_run_arm, args=given, daemon=True)  # type: ignore[attr-defined]
     process.start()
     theirs.close()
     return process, ours

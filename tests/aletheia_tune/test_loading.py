@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import transformers as tf
 from transformers import AutoTokenizer
 
@@ -64,8 +63,8 @@ def test_a_name_is_asked_of_the_hub_and_a_directory_is_not(load, tiny_model_dir,
         asked.append(name)
         raise OSError("not here")
 
-    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", record)
-    monkeypatch.setattr(transformers.utils.hub, "snapshot_download", record)
+    monkeypatch.setattr(tf.utils.hub, "hf_hub_download", record)
+    monkeypatch.setattr(tf.utils.hub, "snapshot_download", record)
     load(tiny_model_dir)
     assert asked == []
     with contextlib.suppress(UserError):

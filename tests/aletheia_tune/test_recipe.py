@@ -157,7 +157,6 @@ def test_an_arm_of_sampled_depth_trains_with_the_odds_of_its_own_scores(
         Arm("sampled", recipe, True),
         *map(str, (tiny_model_dir, train_file, eval_file)),
         config,
-        environment={},
         fields=None,
         classes=None,
         extra_text=None,
