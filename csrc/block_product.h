@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "tasks.h"
+#include "transposed.h"
 
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -67,30 +68,6 @@ struct Rows {
     return wide ? load_row<true>(rows[row], column, mask) : load_row<false>(rows[row], column, mask);
   }
 };
-
-// Sixteen registers of sixteen 32-bit words, rows for columns.
-inline void transpose(__m512i (&r)[kLanes]) {
-  __m512i t[kLanes];
-  for (int i = 0; i < kLanes; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < kLanes; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }
-  // r[4 q + c] holds, in 128-bit lane l, column 4 l + c of rows 4 q .. 4 q + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512i low_odd = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), high_odd = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(low, high, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
-    t[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
-  }
-  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
-}
 
 inline bool tile_registers_in_use() { return instruction_set() == InstructionSet::kAmxBf16; }
 

@@ -1,9 +1,7 @@
 // Linear + cross entropy in row blocks (mathematics: aletheia_kernels/reference/cross_entropy.py).
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
@@ -13,6 +11,7 @@
 
 #include "clones.h"
 #include "operators.h"
+#include "products.h"
 
 namespace aletheia {
 namespace {
@@ -122,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     const at::Tensor& h, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& labels,
     double softcap, double label_smoothing, bool needs_dh) {
   const auto dtype = h.scalar_type();
-  if (!has_vendor_products(dtype)) {
+  if (!has_products(h)) {
     const auto [loss, dh] = linear_cross_entropy_forward(
         h.to(at::kFloat), weight.to(at::kFloat), bias ? std::optional(bias->to(at::kFloat)) : std::nullopt, labels,
         softcap, label_smoothing, needs_dh);
@@ -138,11 +137,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     const int64_t block = std::min(kRows, count - start);
     at::Tensor z = logits.narrow(0, 0, block);
     const at::Tensor rows_h = h.narrow(0, start, block);
-    if (bias.has_value()) {
-      at::addmm_out(z, *bias, rows_h, weight.t());
-    } else {
-      at::mm_out(z, rows_h, weight.t());
-    }
+    linear_out(z, rows_h, weight, bias);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "aletheia_cross_entropy", [&] {
       using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
       scalar_t* data = z.mutable_data_ptr<scalar_t>();
@@ -156,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(
     });
     if (needs_dh) {
       at::Tensor rows_dh = dh.narrow(0, start, block);
-      at::mm_out(rows_dh, z, weight);
+      product_out(rows_dh, z, weight);
     }
   }
   double loss = 0.0;

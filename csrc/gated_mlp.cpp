@@ -11,6 +11,7 @@
 
 #include "fused.h"
 #include "operators.h"
+#include "products.h"
 
 namespace aletheia {
 namespace {
@@ -45,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_mlp_forwar
   if (fused::serves(x, weights))
     return fused::lora_gated_mlp_forward(x, weights, biases, lora_As, lora_Bs, scalings, activation);
   const auto dtype = x.scalar_type();
-  if (!has_vendor_products(dtype)) {
+  if (!has_products(x)) {
     const auto [y, gate, up, h] = lora_gated_mlp_forward(
         x.to(at::kFloat), all_to(weights, at::kFloat), all_to(biases, at::kFloat), lora_As, lora_Bs, scalings,
         activation_name);
@@ -69,7 +70,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_ga
     return fused::lora_gated_mlp_backward(
         dy, x, gate.contiguous(), up.contiguous(), h.contiguous(), weights, lora_As, lora_Bs, scalings, activation, needs_dx);
   const auto dtype = x.scalar_type();
-  if (!has_vendor_products(dtype)) {
+  if (!has_products(x)) {
     auto [dx, dAs, dBs] = lora_gated_mlp_backward(
         dy.to(at::kFloat), x.to(at::kFloat), gate.to(at::kFloat), up.to(at::kFloat), h, all_to(weights, at::kFloat),
         lora_As, lora_Bs, scalings, activation_name, needs_dx);

@@ -17,8 +17,8 @@ namespace aletheia {
 namespace {
 
 constexpr InstructionSet kSets[] = {
-    InstructionSet::kDefault, InstructionSet::kAvx2, InstructionSet::kAvx512, InstructionSet::kAvx512Bf16,
-    InstructionSet::kAmxBf16};
+    InstructionSet::kDefault, InstructionSet::kAvx2, InstructionSet::kAvx512,
+    InstructionSet::kAvx512Vnni, InstructionSet::kAvx512Bf16, InstructionSet::kAmxBf16};
 
 // Linux keeps the tile registers' 8 KB of state for a process that asks for it, all its threads included.
 bool tile_registers_granted() {
@@ -37,7 +37,8 @@ InstructionSet detect() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
     return InstructionSet::kAvx2;
-  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::kAvx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return InstructionSet::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::kAvx512Vnni;
   const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
   return tiles && tile_registers_granted() ? InstructionSet::kAmxBf16 : InstructionSet::kAvx512Bf16;
 #else
@@ -58,6 +59,7 @@ const char* name_of(InstructionSet set) {
   switch (set) {
     case InstructionSet::kAvx2: return "avx2";
     case InstructionSet::kAvx512: return "avx512";
+    case InstructionSet::kAvx512Vnni: return "avx512_vnni";
     case InstructionSet::kAvx512Bf16: return "avx512_bf16";
     case InstructionSet::kAmxBf16: return "amx_bf16";
     default: return "default";

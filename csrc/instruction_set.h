@@ -8,7 +8,7 @@
 
 namespace aletheia {
 
-enum class InstructionSet { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+enum class InstructionSet { kDefault, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxBf16 };
 
 const char* name_of(InstructionSet set);
 

@@ -1,14 +1,13 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
-// In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h). Elsewhere the base products go to the vendor
-// library through ATen, in float32 where the processor has no instructions for the dtype, and what surrounds them is
-// low_rank.h's, or composed of ATen products that accumulate into the fresh outputs. Either way siblings share one shrink
-// product and dropout is made again from its seed.
+// In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h). Elsewhere the base products are products.h's,
+// in float32 where the processor has nothing for the dtype, and what surrounds them is low_rank.h's, or composed of ATen
+// products that accumulate into the fresh outputs. Either way siblings share one shrink product and dropout is made again
+// from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -18,6 +17,7 @@
 #include "low_rank.h"
 #include "operators.h"
 #include "philox.h"
+#include "products.h"
 
 namespace aletheia {
 namespace {
@@ -96,21 +96,15 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
   const auto dropout = dropout_from(dropout_p, seed);
   if (fused::serves(x, weights))
     return fused::lora_group_forward(x, weights, biases, lora_As, lora_Bs, scalings, dropout);
-  if (!has_vendor_products(dtype)) {
+  if (!has_products(x)) {
     auto [wide_ys, h] = lora_group_forward(
         x.to(at::kFloat), all_to(weights, at::kFloat), all_to(biases, at::kFloat), lora_As, lora_Bs, scalings, dropout_p,
         seed);
     return {all_to(wide_ys, dtype), h};
   }
-  std::vector<at::Tensor> ys;
-  ys.reserve(weights.size());
-  int64_t ranks = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    ys.push_back(at::linear(x, weights[i], biases.get(i)));
-    ranks += lora_As[i].size(0);
-  }
+  std::vector<at::Tensor> ys = linears(x, weights, biases);
   if (uses_low_rank(x, lora_As, lora_Bs)) {
-    at::Tensor h = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
+    at::Tensor h = at::empty({x.size(0), offsets_of(lora_As, 0).back()}, x.options().dtype(at::kFloat));
     low_rank::forward(x, lora_As, lora_Bs, scalings, dropout, ys, h);
     return {std::move(ys), h};
   }
@@ -133,7 +127,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   const auto dropout = dropout_from(dropout_p, seed);
   if (fused::serves(x, weights))
     return fused::lora_group_backward(dys, x, h, weights, lora_As, lora_Bs, scalings, dropout, needs_dx);
-  if (!has_vendor_products(dtype)) {
+  if (!has_products(x)) {
     auto [dx, dAs, dBs] = lora_group_backward(
         all_to(dys, at::kFloat), x.to(at::kFloat), h, needs_dx ? all_to(weights, at::kFloat) : weights.vec(), lora_As,
         lora_Bs, scalings, dropout_p, seed, needs_dx);
@@ -162,8 +156,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
   }
   if (!needs_dx) return {at::empty({0}, x.options()), std::move(dAs), std::move(dBs)};
 
-  at::Tensor dx = at::mm(dys[0], weights[0]);
-  for (size_t i = 1; i < weights.size(); ++i) dx.addmm_(dys[i], weights[i]);
+  at::Tensor dx = sum_of_products(dys, weights);
   if (ours) {
     low_rank::add_input_gradient(g, lora_As, dropout, dx);
   } else if (dropout) {

@@ -14,7 +14,7 @@ import torch
 from aletheia_kernels.cpu import experts
 
 # From the compiler's baseline to the widest: a processor that offers one offers those before it.
-INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ATTENTION_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,7 +66,8 @@ def instruction_set() -> str:
     """The instruction set that the LoRA and attention operators run on, read from the environment at every call.
 
     That is the widest that the processor offers, or the one that ``ALETHEIA_CPU_ISA`` names; an empty string stands for
-    the variable that is not set. The base products belong to the vendor library, which chooses its own.
+    the variable that is not set. Base products in float32 belong to the vendor library, which chooses its own; those in
+    bfloat16 are the operators' own on avx512_vnni and above it.
 
     Raises:
         RuntimeError: the variable names no instruction set, or one that this processor lacks.

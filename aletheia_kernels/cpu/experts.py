@@ -2,25 +2,16 @@
 
 The mathematics stands in :mod:`aletheia_kernels.reference.experts`. Everything wide happens inside that operator, which
 reads W_e once for the rows of e and adds the low-rank part to the same sums; a call costs some tens of microseconds
-beside it. An expert without rows costs nothing. Where the vendor library does not multiply the dtype, an expert's rows
-and weight are widened for its products and dropped after them.
+beside it. An expert without rows costs nothing.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from aletheia_kernels.dtypes import accumulation_dtype, has_vendor_products
+from aletheia_kernels.dtypes import accumulation_dtype
 from aletheia_kernels.reference.experts import each_expert
-
-
-@cache
-def _dtype_of_products(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision that no vendor library multiplies here, converting being quicker; else the dtype."""
-    return dtype if has_vendor_products(dtype) else torch.float32
 
 
 def _dense(factor: Tensor) -> Tensor:
@@ -54,14 +45,13 @@ def lora_experts_forward(
     """As :func:`aletheia_kernels.reference.lora_experts_forward`."""
     forward = torch.ops.aletheia_cpu.lora_group_forward
     lora_A, lora_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
-    wide = _dtype_of_products(x.dtype)
     y = x.new_empty(x.shape[0], weight.shape[1])
     h = x.new_zeros(x.shape[0], lora_A.shape[1])
     for expert, rows, rank in each_expert(x.shape[0], lora_A, offs, ranks):
         if rows.start < rows.stop:
             factors = [lora_A[expert, :rank]], [lora_B[expert, :, :rank]]
             (y[rows],), h[rows, :rank] = forward(
-                x[rows].to(wide), [weight[expert].to(wide)], [None], *factors, [scales[expert]], 0.0, None
+                x[rows], [weight[expert]], [None], *factors, [scales[expert]], 0.0, None
             )
     y[int(offs[-1]) :].zero_()
     return y, h
@@ -82,7 +72,7 @@ def lora_experts_backward(
     """As :func:`aletheia_kernels.reference.lora_experts_backward`."""
     backward = torch.ops.aletheia_cpu.lora_group_backward
     dense_A, dense_B, scales = _dense(lora_A), _dense(lora_B), scalings.tolist()
-    wide, sums = _dtype_of_products(x.dtype), accumulation_dtype(x.dtype)
+    sums = accumulation_dtype(x.dtype)
     dx = x.new_empty(x.shape if needs_dx else (0,))
     dA = dense_A.new_zeros(dense_A.shape)
     dB = dense_B.new_zeros(dense_B.shape)
@@ -90,8 +80,8 @@ def lora_experts_backward(
         if rows.start < rows.stop:
             factors = [dense_A[expert, :rank]], [dense_B[expert, :, :rank]]
             own, (dA[expert, :rank],), (dB[expert, :, :rank],) = backward(
-                [dy[rows].to(wide)], x[rows].to(wide), h[rows, :rank].to(sums), [weight[expert].to(wide)],
-                *factors, [scales[expert]], 0.0, None, needs_dx
+                [dy[rows]], x[rows], h[rows, :rank].to(sums), [weight[expert]], *factors, [scales[expert]], 0.0, None,
+                needs_dx,
             )  # fmt: skip
             if needs_dx:
                 dx[rows] = own

@@ -1,0 +1,362 @@
+#include "fixed_point.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "instruction_set.h"
+#include "operators.h"
+#include "tasks.h"
+#include "transposed.h"
+
+#ifdef ALETHEIA_X86_SETS
+#include <immintrin.h>
+
+#pragma GCC push_options
+// GCC 12 warns of its own intrinsics headers (its bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw")
+
+namespace aletheia::fixed_point {
+namespace {
+
+using bf16 = at::BFloat16;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kGroup = 128;    // inner indices that share a scale: 128 products of less than 2^24 fit 32 bits
+constexpr int64_t kPairs = kGroup / 2;
+constexpr int64_t kPanels = 4;     // registers of the right factor that a kernel holds
+constexpr int64_t kColumns = kPanels * kLanes;
+constexpr int64_t kStrip = 6;      // rows that it goes through at a time
+constexpr int64_t kMostRows = 1024;  // of one task: their sums stay in second-level cache
+constexpr int64_t kFewestRows = 96;  // that a task is cut down to so that threads end together
+
+inline __mmask32 first_of_32(int64_t count) {
+  return count >= 32 ? ~__mmask32(0) : count <= 0 ? __mmask32(0) : (__mmask32(1) << count) - 1;
+}
+inline __mmask16 first_of_16(int64_t count) { return static_cast<__mmask16>(first_of_32(count) & 0xffff); }
+
+// Biased exponents, as bfloat16 and float32 have them. With e that of the largest magnitude, the factor 2^(138 - e) takes
+// it to 2^11 or more and less than 2^12: exponent 265 - e. Where that leaves no normal inverse, numbers of less than
+// 2^-115, they are rounded more coarsely.
+constexpr int kFactorPlusLargest = 265, kMostFactor = 253, kInverseSum = 254, kNotFinite = 255;
+
+struct Scale {
+  __m512 factor, inverse;  // NaN for the inverse where the largest is not finite
+};
+
+inline Scale scale_of(__m512i largest_bits) {
+  const __m512i e = _mm512_srli_epi32(largest_bits, 7);
+  const __m512i factor =
+      _mm512_min_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kFactorPlusLargest), e), _mm512_set1_epi32(kMostFactor));
+  const __m512i inverse = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(kInverseSum), factor), 23);
+  const __mmask16 not_finite = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kNotFinite));
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(factor, 23)),
+      _mm512_castsi512_ps(_mm512_mask_mov_epi32(inverse, not_finite, _mm512_set1_epi32(0x7fc00000)))};
+}
+
+inline __m512i magnitudes(__m512i halves) { return _mm512_and_si512(halves, _mm512_set1_epi16(0x7fff)); }
+
+inline uint32_t largest_of(__m512i magnitudes) {
+  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(magnitudes), _mm512_extracti64x4_epi64(magnitudes, 1));
+  const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i all_ones = _mm_set1_epi16(-1);
+  return 0xffffu ^ static_cast<uint32_t>(_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, all_ones)), 0));
+}
+
+inline __m512i rounded(__m512i float_bits, __m512 factor) {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(float_bits), factor));
+}
+// Low words from even, high words from odd: pairs along the inner index, as vpdpwssd reads them.
+inline __m512i paired(__m512i even, __m512i odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16));
+}
+inline __m512i rounded_pairs(__m512i pairs, __m512 factor) {
+  return paired(
+      rounded(_mm512_slli_epi32(pairs, 16), factor), rounded(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)), factor));
+}
+
+constexpr int kWords = kPairs / kLanes;  // registers of a group's pairs
+
+// The first `count` of a group's elements, which lie one after another, rounded; zeros follow. Returns the inverse scale.
+inline float round_group(const bf16* elements, int64_t count, __m512i (&words)[kWords]) {
+  __m512i largest = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int w = 0; w < kWords; ++w) {
+    words[w] = _mm512_maskz_loadu_epi16(first_of_32(count - 32 * w), elements + 32 * w);
+    largest = _mm512_max_epu16(largest, magnitudes(words[w]));
+  }
+  const Scale scale = scale_of(_mm512_set1_epi32(static_cast<int>(largest_of(largest))));
+#pragma GCC unroll 4
+  for (int w = 0; w < kWords; ++w) words[w] = rounded_pairs(words[w], scale.factor);
+  return _mm512_cvtss_f32(scale.inverse);
+}
+
+// A left factor, rounded: one group of all rows after another, in which a row's 128 numbers lie side by side.
+class Left {
+ public:
+  explicit Left(const at::Tensor& any)
+      : rows(any.size(0)), inner(any.size(1)), groups((inner + kGroup - 1) / kGroup), numbers_(groups * rows * kGroup),
+        scales_(groups * rows) {
+    const at::Tensor a = with_unit_columns(any);
+    const bf16* const data = a.const_data_ptr<bf16>();
+    const int64_t ld = a.stride(0);
+    constexpr int64_t kGrain = 1 << 14;
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(inner, 1)), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        for (int64_t group = 0; group < groups; ++group) {
+          __m512i words[kWords];
+          scales_[group * rows + row] =
+              round_group(data + row * ld + group * kGroup, inner - group * kGroup, words);
+          int16_t* const target = numbers_.data() + (group * rows + row) * kGroup;
+          for (int w = 0; w < kWords; ++w) _mm512_storeu_si512(target + 2 * kLanes * w, words[w]);
+        }
+    });
+  }
+  const int16_t* numbers(int64_t group, int64_t row) const { return numbers_.data() + (group * rows + row) * kGroup; }
+  const float* scales(int64_t group, int64_t row) const { return scales_.data() + group * rows + row; }
+
+  int64_t rows, inner, groups;
+
+ private:
+  Scratch<int16_t> numbers_;
+  Scratch<float> scales_;
+};
+
+// A right factor [inner, outer] whose elements lie one after another along one of the two.
+struct Right {
+  at::Tensor owner;
+  const bf16* data;
+  int64_t ld, inner, outer;
+  bool along_inner;
+
+  explicit Right(const at::Tensor& any)
+      : owner(any.stride(0) == 1 || any.stride(1) == 1 ? any : any.contiguous()), data(owner.const_data_ptr<bf16>()),
+        inner(any.size(0)), outer(any.size(1)), along_inner(owner.stride(1) != 1) {
+    ld = owner.stride(along_inner ? 1 : 0);
+  }
+};
+
+// One group of 64 columns of a right factor, rounded: four panels of 16 columns, each pair after pair of the inner index.
+struct Panels {
+  alignas(64) int16_t numbers[kPanels][kPairs][2 * kLanes];
+  alignas(64) float scales[kPanels][kLanes];
+
+  void load(const Right& b, int64_t group, int64_t column) {
+    const int64_t first = group * kGroup, count = std::min(kGroup, b.inner - first);
+    for (int64_t panel = 0; panel < kPanels; ++panel, column += kLanes) {
+      const int64_t columns = std::clamp<int64_t>(b.outer - column, 0, kLanes);
+      if (b.along_inner) {
+        load_columns(b.data + column * b.ld + first, b.ld, count, columns, panel);
+      } else {
+        load_rows(b.data + first * b.ld + column, b.ld, count, columns, panel);
+      }
+    }
+  }
+
+ private:
+  void load_columns(const bf16* source, int64_t ld, int64_t count, int64_t columns, int64_t panel) {
+    __m512i words[kLanes][kWords];
+    for (int64_t c = 0; c < kLanes; ++c) scales[panel][c] = round_group(source + c * ld, c < columns ? count : 0, words[c]);
+    for (int w = 0; w < kWords; ++w) {
+      __m512i block[kLanes];
+#pragma GCC unroll 16
+      for (int c = 0; c < kLanes; ++c) block[c] = words[c][w];
+      transpose(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) _mm512_store_si512(numbers[panel][w * kLanes + k], block[k]);
+    }
+  }
+  void load_rows(const bf16* source, int64_t ld, int64_t count, int64_t columns, int64_t panel) {
+    const __mmask16 mask = first_of_16(columns);
+    const auto row = [&](int64_t k) __attribute__((always_inline)) {
+      return k < count ? _mm256_maskz_loadu_epi16(mask, source + k * ld) : _mm256_setzero_si256();
+    };
+    __m256i largest = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; ++k)
+      largest = _mm256_max_epu16(largest, _mm256_and_si256(row(k), _mm256_set1_epi16(0x7fff)));
+    const Scale scale = scale_of(_mm512_cvtepu16_epi32(largest));
+    _mm512_store_ps(scales[panel], scale.inverse);
+    const auto of = [&](int64_t k) __attribute__((always_inline)) {
+      return rounded(_mm512_slli_epi32(_mm512_cvtepu16_epi32(row(k)), 16), scale.factor);
+    };
+    for (int64_t pair = 0; pair < kPairs; ++pair)
+      _mm512_store_si512(numbers[panel][pair], paired(of(2 * pair), of(2 * pair + 1)));
+  }
+};
+
+// kRows rows of a group against its panels: c [kRows, 64] = or += their products. The instruction is written out because
+// GCC 12 keeps sums in memory that the intrinsic has added to.
+template <int kRows, bool kAdd>
+void kernel(const int16_t* a, const float* scales, const Panels& b, int64_t pairs, float* c) {
+  __m512i sum[kRows][kPanels];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) sum[m][p] = _mm512_setzero_si512();
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    __m512i right[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) right[p] = _mm512_load_si512(b.numbers[p][pair]);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      int both;
+      std::memcpy(&both, a + m * kGroup + 2 * pair, sizeof(both));
+      const __m512i left = _mm512_set1_epi32(both);
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum[m][p]) : "v"(left), "v"(right[p]));
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    const __m512 scale = _mm512_set1_ps(scales[m]);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      float* const target = c + m * kColumns + p * kLanes;
+      const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][p]), _mm512_load_ps(b.scales[p]));
+      if constexpr (kAdd) {
+        _mm512_store_ps(target, _mm512_fmadd_ps(value, scale, _mm512_load_ps(target)));
+      } else {
+        _mm512_store_ps(target, _mm512_mul_ps(value, scale));
+      }
+    }
+  }
+}
+
+template <bool kAdd>
+void strip(int64_t rows, const int16_t* a, const float* scales, const Panels& b, int64_t pairs, float* c) {
+  switch (rows) {
+    case 1: return kernel<1, kAdd>(a, scales, b, pairs, c);
+    case 2: return kernel<2, kAdd>(a, scales, b, pairs, c);
+    case 3: return kernel<3, kAdd>(a, scales, b, pairs, c);
+    case 4: return kernel<4, kAdd>(a, scales, b, pairs, c);
+    case 5: return kernel<5, kAdd>(a, scales, b, pairs, c);
+    default: return kernel<6, kAdd>(a, scales, b, pairs, c);
+  }
+}
+
+// To the nearest, ties to even. A NaN here has zeros in its lower half, which carry nothing (convert.h).
+inline __m256i narrow(__m512 value) {
+  const __m512i u = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+}
+
+struct Result {
+  std::vector<const Left*> lefts;
+  std::vector<Right> rights;
+  at::Tensor bias;  // float32, or undefined
+  bf16* out;
+  int64_t ld, columns;
+
+  int64_t blocks() const { return (columns + kColumns - 1) / kColumns; }
+
+  // Rows [first, end) of 64 columns.
+  void block(int64_t column, int64_t first, int64_t end, Panels& panels, float* sums) const {
+    int64_t left = 0;
+    for (const Left* factor : lefts) left += factor->groups;
+    if (left == 0) finish(column, first, end, zeros(sums, end - first));
+    bool adds = false;
+    for (size_t i = 0; i < lefts.size(); ++i)
+      for (int64_t group = 0; group < lefts[i]->groups; ++group, adds = true) {
+        panels.load(rights[i], group, column);
+        const int64_t pairs = (std::min(kGroup, lefts[i]->inner - group * kGroup) + 1) / 2;
+        const bool last = --left == 0;
+        for (int64_t row = first; row < end; row += kStrip) {
+          const int64_t count = std::min(kStrip, end - row);
+          float* const of_rows = sums + (row - first) * kColumns;
+          if (last) fetch(column, row, row + count);
+          (adds ? strip<true> : strip<false>)(
+              count, lefts[i]->numbers(group, row), lefts[i]->scales(group, row), panels, pairs, of_rows);
+          if (last) finish(column, row, row + count, of_rows);
+        }
+      }
+  }
+
+ private:
+  static float* zeros(float* sums, int64_t rows) {
+    std::fill_n(sums, rows * kColumns, 0.0f);
+    return sums;
+  }
+  // Lines that are going to be written, a row of which is pages from the next.
+  void fetch(int64_t column, int64_t first, int64_t end) const {
+    for (int64_t row = first; row < end; ++row)
+      for (int64_t k = 0; k < kColumns; k += 2 * kLanes) __builtin_prefetch(out + row * ld + column + k, 1, 3);
+  }
+  void finish(int64_t column, int64_t first, int64_t end, const float* sums) const {
+    const float* const start = bias.defined() ? bias.const_data_ptr<float>() + column : nullptr;
+    for (int64_t row = first; row < end; ++row, sums += kColumns) {
+      bf16* const target = out + row * ld + column;
+      for (int64_t k = 0; k < std::min(kColumns, columns - column); k += kLanes) {
+        const __mmask16 mask = first_of_16(columns - column - k);
+        __m512 value = _mm512_load_ps(sums + k);
+        if (start) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, start + k));
+        _mm256_mask_storeu_epi16(target + k, mask, narrow(value));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+bool serves(at::ScalarType dtype, int64_t rows) {
+  return dtype == at::kBFloat16 && rows > 0 && instruction_set() == InstructionSet::kAvx512Vnni;
+}
+
+void multiply(const std::vector<Sum>& sums) {
+  const int64_t rows = sums.front().out.size(0);
+  std::vector<std::pair<const void*, std::unique_ptr<Left>>> rounded_lefts;
+  const auto rounded_once = [&](const at::Tensor& left) {
+    for (const auto& [of, known] : rounded_lefts)
+      if (of == left.unsafeGetTensorImpl()) return known.get();
+    rounded_lefts.emplace_back(left.unsafeGetTensorImpl(), std::make_unique<Left>(left));
+    return rounded_lefts.back().second.get();
+  };
+  std::vector<Result> results;
+  std::vector<int64_t> starts{0};
+  for (const Sum& sum : sums) {
+    Result result{{}, {}, {}, sum.out.mutable_data_ptr<bf16>(), sum.out.stride(0), sum.out.size(1)};
+    for (const at::Tensor& left : sum.lefts) result.lefts.push_back(rounded_once(left));
+    for (const at::Tensor& right : sum.rights) result.rights.emplace_back(right);
+    if (sum.bias) result.bias = sum.bias->to(at::kFloat).contiguous();
+    starts.push_back(starts.back() + result.blocks());
+    results.push_back(std::move(result));
+  }
+  // A task is 64 columns of some of the rows. Each rounds its right factor anew, so that rows are cut no finer than it
+  // takes for threads to end within an eighth of their time.
+  const int64_t blocks = std::max<int64_t>(starts.back(), 1);
+  const int64_t wanted = std::max((8 * at::get_num_threads() + blocks - 1) / blocks, (rows + kMostRows - 1) / kMostRows);
+  const int64_t cuts = std::clamp<int64_t>(wanted, 1, (rows + kFewestRows - 1) / kFewestRows);
+  const int64_t most = ((rows + cuts - 1) / cuts + kStrip - 1) / kStrip * kStrip;
+  on_threads(starts.back() * cuts, [&](auto take) {
+    const Scratch<float> sums_of_rows(most * kColumns);
+    const auto panels = std::make_unique<Panels>();
+    for (int64_t task; (task = take()) < starts.back() * cuts;) {
+      const int64_t block = task / cuts, first = task % cuts * most;
+      const int64_t index = std::upper_bound(starts.begin(), starts.end(), block) - starts.begin() - 1;
+      if (first < rows)
+        results[index].block(
+            (block - starts[index]) * kColumns, first, std::min(first + most, rows), *panels, sums_of_rows.data());
+    }
+  });
+}
+
+}  // namespace aletheia::fixed_point
+
+#pragma GCC pop_options
+
+#else
+
+namespace aletheia::fixed_point {
+
+bool serves(at::ScalarType, int64_t) { return false; }
+void multiply(const std::vector<Sum>&) { TORCH_CHECK(false, "built without AVX512-VNNI"); }
+
+}  // namespace aletheia::fixed_point
+
+#endif
