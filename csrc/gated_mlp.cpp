@@ -2,14 +2,10 @@
 //
 // In bfloat16 on a processor with AVX512-BF16 one sweep over blocks of rows (fused.h); elsewhere two LoRA groups with the
 // activation between them, in float32 where the processor has no products in the dtype. Either way gate and up are kept for backward, and their product is computed again.
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/silu_backward.h>
 
 #include "fused.h"
+#include "gate.h"
 #include "operators.h"
 #include "products.h"
 
@@ -19,10 +15,6 @@ namespace {
 Activation activation_from(c10::string_view name) {
   TORCH_CHECK(name == "silu" || name == "gelu_tanh", "activation: expected silu or gelu_tanh, got ", name);
   return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
-}
-
-at::Tensor activated(const at::Tensor& gate, Activation activation) {
-  return activation == Activation::kSilu ? at::silu(gate) : at::gelu(gate, "tanh");
 }
 
 OptionalTensors slice(const OptionalTensors& list, size_t begin, size_t end) {
@@ -56,19 +48,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_mlp_forwar
       x, weights.slice(0, 2), slice(biases, 0, 2), lora_As.slice(0, 2), lora_Bs.slice(0, 2), scalings.slice(0, 2), 0.0,
       std::nullopt);
   auto [ys, h_mid] = lora_group_forward(
-      activated(gate_up[0], activation).mul_(gate_up[1]), weights.slice(2), slice(biases, 2, 3), lora_As.slice(2),
+      gated(gate_up[0], gate_up[1], activation), weights.slice(2), slice(biases, 2, 3), lora_As.slice(2),
       lora_Bs.slice(2), scalings.slice(2), 0.0, std::nullopt);
   return {ys[0], gate_up[0], gate_up[1], at::cat({h_in, h_mid}, 1)};
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gated_mlp_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& h,
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate_any, const at::Tensor& up_any, const at::Tensor& h,
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scalings,
     c10::string_view activation_name, bool needs_dx) {
+  const at::Tensor gate = gate_any.contiguous(), up = up_any.contiguous();
   const Activation activation = activation_from(activation_name);
   if (fused::serves(x, weights))
     return fused::lora_gated_mlp_backward(
-        dy, x, gate.contiguous(), up.contiguous(), h.contiguous(), weights, lora_As, lora_Bs, scalings, activation, needs_dx);
+        dy, x, gate, up, h.contiguous(), weights, lora_As, lora_Bs, scalings, activation, needs_dx);
   const auto dtype = x.scalar_type();
   if (!has_products(x)) {
     auto [dx, dAs, dBs] = lora_gated_mlp_backward(
@@ -77,13 +70,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_ga
     return {dx.to(dtype), std::move(dAs), std::move(dBs)};
   }
   const int64_t ranks_in = ranks_of(lora_As.slice(0, 2)), ranks_mid = lora_As[2].size(0);
-  const at::Tensor active = activated(gate, activation);
   const auto [dproduct, dA_mid, dB_mid] = lora_group_backward(
-      {dy}, active * up, h.narrow(1, ranks_in, ranks_mid), weights.slice(2), lora_As.slice(2), lora_Bs.slice(2),
+      {dy}, gated(gate, up, activation), h.narrow(1, ranks_in, ranks_mid), weights.slice(2), lora_As.slice(2), lora_Bs.slice(2),
       scalings.slice(2), 0.0, std::nullopt, true);
-  const at::Tensor dactive = dproduct * up, dup = dproduct * active;
-  const at::Tensor dgate =
-      activation == Activation::kSilu ? at::silu_backward(dactive, gate) : at::gelu_backward(dactive, gate, "tanh");
+  const auto [dgate, dup] = gated_backward(dproduct, gate, up, activation);
   auto [dx, dAs, dBs] = lora_group_backward(
       {dgate, dup}, x, h.narrow(1, 0, ranks_in), weights.slice(0, 2), lora_As.slice(0, 2), lora_Bs.slice(0, 2),
       scalings.slice(0, 2), 0.0, std::nullopt, needs_dx);
