@@ -184,6 +184,31 @@ def output_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
             os.close(held)
 
 
+@contextmanager
+def held(directory: Path, what: str) -> Iterator[None]:
+    """A directory for this process alone, where its file system knows locks; nothing is written for it.
+
+    Args:
+        directory: must be there.
+        what: is going on in it, for the message.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another {what} is going on in {directory}: let it end, or choose another directory"
+                ) from None
+        yield
+    finally:
+        os.close(file)
+
+
 def sweep(target: Path) -> None:
     """Deletes what was written aside for this output by processes that are no more.
 

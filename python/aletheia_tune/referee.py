@@ -484,18 +484,19 @@ def referee(
         overwrite: begin anew in a directory that holds another task's runs.
 
     Raises:
-        UserError: the directory holds something else, or lies above a file of the task; an arm's best rate cannot be
-            bracketed; an arm's error.
+        UserError: the directory holds something else, another race is going on in it, or it lies above a file of the
+            task; an arm's best rate cannot be bracketed; an arm's error.
         KeyboardInterrupt: with one line on what was kept as its message.
     """
     directory = _resume(task, Path(out), overwrite)
-    try:
-        verdict = _verdict(task, directory, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; the runs that ended are in {directory}, and the same command goes on from them"
-        ) from None
-    files.write_text(directory / VERDICT, verdict.to_json(), overwrite=True)
+    with files.held(directory, "race"):
+        try:
+            verdict = _verdict(task, directory, progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; the runs that ended are in {directory}, and the same command goes on from them"
+            ) from None
+        files.write_text(directory / VERDICT, verdict.to_json(), overwrite=True)
     return verdict
 
 

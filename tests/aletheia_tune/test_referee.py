@@ -132,6 +132,20 @@ def test_an_interrupt_says_what_is_kept(task_file, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / VERDICT).exists()
 
 
+def test_a_second_race_in_one_directory_is_refused(task_file, tmp_path, monkeypatch):
+    task, out = read_task(task_file), tmp_path / "out"
+
+    def meanwhile(*arguments, **options):
+        with pytest.raises(UserError, match="another race is going on in "):
+            referee(task, out, progress=False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(referee_module, "race", meanwhile)
+    for _ in range(2):  # and what held it is gone with the race
+        with pytest.raises(KeyboardInterrupt):
+            referee(task, out, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
