@@ -202,7 +202,7 @@ class RaceResult:
                 steps = first.training.history[0].loss, arm.training.history[0].loss
                 pairs.append(("losses of the first step", *steps))
             for what, mine, theirs in pairs:
-                noise = NOISE[first.training.config["dtype"]]
+                noise = max(NOISE[each.training.config["dtype"]] for each in (first, arm))
                 if mine is not None and theirs is not None and abs(mine - theirs) > noise * abs(mine):
                     return (
                         f"before any update the {what} of {first.name} and {arm.name} differ: "

@@ -332,6 +332,19 @@ def test_a_foreign_race_file_is_refused(text):
         RaceResult.from_json(text)
 
 
+def test_arms_of_two_dtypes_may_differ_by_the_rounding_of_the_coarser():
+    def objection(loss: float) -> str | None:
+        config = dataclasses.asdict(CONFIG)
+        evals = (EvalRecord(0, 0.0, loss), *arm_result("plan").training.evals[1:])
+        coarse = arm_result("plan", config={**config, "dtype": "bfloat16"}, evals=evals)
+        return RaceResult(
+            (arm_result("uniform", config={**config, "dtype": "float32"}), coarse), {}
+        ).objection()
+
+    assert objection(2.5 * 1.009) is None
+    assert "before any update" in str(objection(2.5 * 1.011))
+
+
 @pytest.mark.parametrize("change", [{"group_by_length": True}, {"batch_size": 2}])
 def test_first_steps_of_other_examples_are_not_compared(change):
     config = {"config": {**dataclasses.asdict(CONFIG), **change}}
