@@ -67,7 +67,7 @@ def instruction_set() -> str:
 
     That is the widest that the processor offers, or the one that ``ALETHEIA_CPU_ISA`` names; an empty string stands for
     the variable that is not set. Base products in float32 belong to the vendor library, which chooses its own; those in
-    bfloat16 are the operators' own on avx512_vnni and above it.
+    bfloat16 are the operators' own on avx512_vnni, and above it but for few rows.
 
     Raises:
         RuntimeError: the variable names no instruction set, or one that this processor lacks.

@@ -326,16 +326,13 @@ def test_an_output_made_without_gradients_is_not_handed_to_a_call_that_needs_the
 
 
 def test_what_the_operator_does_not_compute_stays_on_pefts_path_and_says_why():
-    model = adapted(use_dora=True, lora_dropout=0.1, target_modules=["q_proj"]).eval()
-    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
-    x = torch.randn(2, 9, 32)
-    expected, logits = layer(x), model(input_ids=ids()).logits
+    # A model without gated MLPs, which would be on the operator with or without adapters.
+    model = adapted(neox, use_dora=True, lora_dropout=0.1, target_modules=["query_key_value"]).eval()
+    expected = model(input_ids=ids()).logits
     report = apply_kernels(model)
     assert [entry.path for entry in report.entries] == ["peft", "peft"]
     assert "DoRA with dropout" in str(report)
-    assert torch.equal(layer(x), expected)
-    # The gated MLPs, which have no adapters here, are on the operator.
-    torch.testing.assert_close(model(input_ids=ids()).logits, logits)
+    assert torch.equal(model(input_ids=ids()).logits, expected)
     with pytest.raises(UserError, match=r"strict=True.*2 adapted modules.*DoRA"):
         apply_kernels(model, strict=True)
 
