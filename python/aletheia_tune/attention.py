@@ -1,4 +1,4 @@
-"""The attention operator under a name of transformers' own registry, and a model switched to it for training."""
+"""The attention operator under a name of transformers' own registry, and a model switched to it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: the operator where it serves a training pass, else transformers' SDPA.
+    """transformers' attention function: the operator where it serves, else (as in decoding) transformers' SDPA.
 
     Args:
         module: the attention module. query: [batch, heads, queries, dim]. key, value: [batch, key heads, keys, dim].
@@ -81,8 +81,7 @@ def attention_forward(
         [batch, queries, heads, dim], and None for the weights.
     """
     serves = (
-        module.training
-        and dropout == 0.0
+        dropout == 0.0
         and query.shape[2] == key.shape[2]
         and key.shape == value.shape  # latent attention's values are narrower than its keys
         and all(kwargs.get(name) is None for name in _UNKNOWN)
@@ -107,7 +106,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @dataclass(frozen=True)
 class KernelAttention:
-    """Whether a model's attention runs on the operator in training, and why not."""
+    """Whether a model's attention runs on the operator, and why not."""
 
     active: bool
     reason: str = ""
@@ -118,7 +117,9 @@ class KernelAttention:
 
 @contextmanager
 def kernel_attention(model: nn.Module) -> Iterator[KernelAttention]:
-    """Attention of training passes on the operator while inside the context; evaluation stays on transformers' SDPA.
+    """Attention on the operator while inside the context, in training and in evaluation.
+
+    A pass whose queries are the last of more keys (decoding with a cache) stays on transformers' SDPA.
 
     Args:
         model: a transformers model, bare or in PEFT, on its SDPA attention.

@@ -14,6 +14,8 @@ from aletheia_tune.layers import linear_shape
 from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
+    adapters_of,
+    base_of,
     dropout_p,
     is_lora_linear,
     serves,
@@ -44,7 +46,7 @@ def _is_projection(layer: Any) -> bool:
     adapted = is_lora_linear(layer)
     if adapted and (structural_reason(layer) is not None or layer.lora_variant):
         return False
-    base = layer.base_layer if adapted else layer
+    base = base_of(layer)
     if not isinstance(base, nn.Module):
         return False
     return scheme_of(base) is not None or (type(base) is nn.Linear and unknown_quantisation(base) is None)
@@ -67,7 +69,7 @@ def activation_of(module: nn.Module) -> str | None:
     act = getattr(module, ACTIVATION, None)
     if not callable(act) or not all(_is_projection(part) for part in parts):
         return None
-    gate, up = (getattr(part, "base_layer", part) for part in parts[:2])
+    gate, up = (base_of(part) for part in parts[:2])
     dtype = _input_dtype(gate)
     if linear_shape(gate) != linear_shape(up) or gate.weight.device.type == "meta" or dtype is None:
         return None
@@ -98,10 +100,10 @@ class GatedMlpForward(Replacement):
         self.activation = activation
         self.act = getattr(module, ACTIVATION)
         parts = (getattr(module, name) for name in PARTS)
-        self.quantised = any(scheme_of(getattr(part, "base_layer", part)) is not None for part in parts)
+        self.quantised = any(scheme_of(base_of(part)) is not None for part in parts)
 
     def _projection(self, layer: Any, x: Tensor) -> tuple[Any, ...] | None:
-        """weight, bias, A, B and scaling of a projection that the operator may compute; None when it may not."""
+        """dtype, weight and bias of a projection that the operator may compute; None when it may not."""
         if is_hooked(layer):
             return None
         forward = layer.__dict__.get("forward")
@@ -110,39 +112,32 @@ class GatedMlpForward(Replacement):
         if is_lora_linear(layer):
             if not serves(layer, x) or dropout_p(layer) > 0.0:
                 return None
-            base, name = layer.base_layer, active_adapter(layer)
-            if is_dora(layer, name):
+            if is_dora(layer, active_adapter(layer)):
                 return None
-            adapter = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
-        else:
-            base = layer
-            if torch.is_autocast_enabled(x.device.type):
-                return None
-            adapter = x.new_empty(0, base.in_features), x.new_empty(base.out_features, 0), 0.0
+        elif torch.is_autocast_enabled(x.device.type):
+            return None
+        base = base_of(layer)
         dtype = product_dtype(base, x)
         # Between quantised projections the activations are in x's dtype: a product in another is left to them.
         if dtype is None or (dtype != x.dtype and scheme_of(base) is not None):
             return None
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return None
-        return dtype, weight_of(base, dtype), bias_of(base, dtype), *adapter
+        return dtype, weight_of(base, dtype), bias_of(base, dtype)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # A compiled graph would keep the dequantised weight for its backward pass.
         left = self.quantised and torch.compiler.is_compiling()
         act = getattr(self.module, ACTIVATION)
         changed = act is not self.act or (isinstance(act, nn.Module) and is_hooked(act))
-        names = () if args or kwargs or left or changed else PARTS
-        parts = [self._projection(getattr(self.module, name), x) for name in names]
+        layers = [] if args or kwargs or left or changed else [getattr(self.module, name) for name in PARTS]
+        parts = [self._projection(layer, x) for layer in layers]
         known = [part for part in parts if part is not None]
         if len(known) < len(PARTS):
             return self.original(x, *args, **kwargs)
-        dtypes, weights, biases, lora_As, lora_Bs, scalings = (list(c) for c in zip(*known, strict=True))
-        # What stands in for an adapter that is not there has the dtype of those that are: kernels take one for all.
-        master = next((lora_A.dtype for lora_A in lora_As if len(lora_A)), x.dtype)
-        lora_As, lora_Bs = ([t if t.numel() else t.to(master) for t in ts] for ts in (lora_As, lora_Bs))
+        dtypes, weights, biases = (list(column) for column in zip(*known, strict=True))
         return aletheia_kernels.lora_gated_mlp(
-            x.to(dtypes[0]), weights, biases, lora_As, lora_Bs, scalings, activation=self.activation
+            x.to(dtypes[0]), weights, biases, *adapters_of(layers, x), activation=self.activation
         )
 
 

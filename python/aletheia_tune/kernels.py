@@ -22,7 +22,7 @@ class KernelsInUse:
 
     Attributes:
         patch: the LoRA linears and gated MLPs.
-        attention: in training.
+        attention: all but decoding's.
         norms: the RMS norms and the rotary embedding.
         head: the output embedding and the loss.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,8 +137,10 @@ def state_reason(layer: Any) -> str | None:
     return None
 
 
-def dropout_p(layer: LoraLinear) -> float:
-    """The dropout probability that a call would apply now."""
+def dropout_p(layer: nn.Module) -> float:
+    """The dropout probability that a call would apply now; 0 of a linear without an adapter."""
+    if not isinstance(layer, LoraLayer):
+        return 0.0
     dropout = layer.lora_dropout[active_adapter(layer)]
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -154,11 +156,43 @@ def active_adapter(layer: LoraLayer) -> str:
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 
 
-def serves(layer: LoraLinear, x: Tensor) -> bool:
-    """Whether the operator computes this call: the state allows it and x has, or is cast to, the product's dtype."""
-    if state_reason(layer) is not None or not x.is_floating_point() or dropout_p(layer) >= 1.0:
+def base_of(layer: Any) -> Any:
+    """The linear that holds the weight: of a LoRA layer its base, else the layer itself."""
+    return layer.base_layer if isinstance(layer, LoraLayer) else layer
+
+
+def adapters_of(layers: Sequence[Any], x: Tensor) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """A, B and scaling of every projection, of rank 0 where it has no adapter.
+
+    What stands in for an adapter that is not there has the dtype of those that are: kernels take one for all.
+    """
+    names = [active_adapter(layer) if isinstance(layer, LoraLayer) else None for layer in layers]
+    known = list(zip(layers, names, strict=True))
+    dtype = next((layer.lora_A[name].weight.dtype for layer, name in known if name), x.dtype)
+    lora_As, lora_Bs, scalings = [], [], []
+    for layer, name in known:
+        if name is None:
+            lora_As.append(x.new_empty(0, layer.in_features, dtype=dtype))
+            lora_Bs.append(x.new_empty(layer.out_features, 0, dtype=dtype))
+            scalings.append(0.0)
+        else:
+            lora_As.append(layer.lora_A[name].weight)
+            lora_Bs.append(layer.lora_B[name].weight)
+            scalings.append(float(layer.scaling[name]))
+    return lora_As, lora_Bs, scalings
+
+
+def serves(layer: Any, x: Tensor) -> bool:
+    """Whether the operator computes this call: the state allows it and x has, or is cast to, the product's dtype.
+
+    Args:
+        layer: a LoRA linear, or a linear without an adapter.
+        x: its input.
+    """
+    base = base_of(layer)
+    left = base.weight.requires_grad if base is layer else state_reason(layer) is not None
+    if left or not x.is_floating_point() or dropout_p(layer) >= 1.0:
         return False
-    base: Any = layer.base_layer
     if is_sharded(base.weight):
         # A sibling that was given to fully_shard by itself: its weights are there in its own call alone.
         return False

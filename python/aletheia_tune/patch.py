@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import aletheia_kernels
+from aletheia_kernels import backends
+from aletheia_kernels.dtypes import has_vendor_products
 from aletheia_tune.classification import full_beside_head
 from aletheia_tune.dora import is_dora, magnitude_over_norm, rescaled_by
 from aletheia_tune.errors import UserError
@@ -27,6 +28,8 @@ from aletheia_tune.gated_mlp import PARTS, apply_gated_mlps
 from aletheia_tune.lora_layers import (
     Replacement,
     active_adapter,
+    adapters_of,
+    base_of,
     dropout_p,
     has_dropout,
     serves,
@@ -71,33 +74,27 @@ class PatchReport:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def _compute(layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
-    names = [active_adapter(layer) for layer in layers]
-    bases: list[Any] = [layer.base_layer for layer in layers]
-    adapters: list[tuple[Any, Any]] = [
-        (layer.lora_A[name], layer.lora_B[name]) for layer, name in zip(layers, names, strict=True)
-    ]
+def _compute(layers: list[Any], x: Tensor) -> list[Tensor]:
+    bases = [base_of(layer) for layer in layers]
     probability = dropout_p(layers[0])
     seed = None
     if probability > 0.0:
         # Drawn from the default generator, as dropout itself would: checkpointing that restores it repeats the mask.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    rescaled = [is_dora(layer, name) for layer, name in zip(layers, names, strict=True)]
+    rescaled = [isinstance(layer, LoraLayer) and is_dora(layer, active_adapter(layer)) for layer in layers]
     dtype = product_dtype(bases[0], x)
     assert dtype is not None
     outputs = aletheia_kernels.lora_group(
         x.to(dtype),
         [weight_of(base, dtype) for base in bases],
         [None if dora else bias_of(base, dtype) for base, dora in zip(bases, rescaled, strict=True)],
-        [lora_A.weight for lora_A, _ in adapters],
-        [lora_B.weight for _, lora_B in adapters],
-        [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)],
+        *adapters_of(layers, x),
         dropout_p=probability,
         seed=seed,
     )
-    for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
+    for index, layer in enumerate(layers):
         if rescaled[index]:
-            y = rescaled_by(outputs[index], magnitude_over_norm(layer, name))
+            y = rescaled_by(outputs[index], magnitude_over_norm(layer, active_adapter(layer)))
             outputs[index] = y if bases[index].bias is None else y + bases[index].bias
     # A quantised weight may be multiplied in another dtype than its input's, in which its output goes on.
     return outputs if scheme_of(bases[0]) is None else [y.to(x.dtype) for y in outputs]
@@ -121,10 +118,10 @@ class _Siblings:
     Nor does a call from another thread: what is kept is one record, read once and replaced as a whole.
     """
 
-    layers: list[LoraLinear]
+    layers: list[Any]
     kept: _Kept | None = None
 
-    def run(self, layer: LoraLinear, x: Tensor) -> Tensor:
+    def run(self, layer: Any, x: Tensor) -> Tensor:
         key = version_of(x), torch.is_grad_enabled()
         kept = self.kept
         if kept is not None and x is kept.source and key == kept.key:
@@ -134,7 +131,7 @@ class _Siblings:
             if output is None:  # left out, or here again: what is kept is the others'
                 return _compute([layer], x)[0]
             return output
-        probability, dtype = dropout_p(layer), product_dtype(layer.base_layer, x)
+        probability, dtype = dropout_p(layer), product_dtype(base_of(layer), x)
         members = [
             other
             for other in self.layers
@@ -142,7 +139,7 @@ class _Siblings:
             or (
                 serves(other, x)
                 and dropout_p(other) == probability
-                and product_dtype(other.base_layer, x) == dtype
+                and product_dtype(base_of(other), x) == dtype
             )
         ]
         outputs = {id(member): y for member, y in zip(members, _compute(members, x), strict=True)}
@@ -152,13 +149,13 @@ class _Siblings:
 
 
 class _KernelForward(Replacement):
-    """The forward that replaces a LoRA linear's own."""
+    """The forward that replaces that of a LoRA linear, or of a linear without an adapter."""
 
-    def __init__(self, layer: LoraLinear, siblings: _Siblings | None) -> None:
+    def __init__(self, layer: Any, siblings: _Siblings | None) -> None:
         super().__init__(layer)
         self.layer = layer
         self.siblings = siblings
-        self.quantised = scheme_of(layer.base_layer) is not None
+        self.quantised = scheme_of(base_of(layer)) is not None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
@@ -173,7 +170,7 @@ class _KernelForward(Replacement):
 
 
 def _observe_siblings(
-    model: nn.Module, layers: Mapping[str, LoraLinear], inputs: Mapping[str, Any]
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Any]
 ) -> list[tuple[str, ...]]:
     """Runs one forward and groups the layers of one parent module that received the same unmodified tensor."""
     seen: dict[tuple[str, int, int], list[str]] = {}
@@ -213,6 +210,23 @@ def _example_inputs(model: nn.Module) -> dict[str, Any] | None:
     return None if inputs is None else {name: value.to(device) for name, value in inputs.items()}
 
 
+def _slow_linears(model: nn.Module, adapted: Collection[str]) -> dict[str, nn.Linear]:
+    """The frozen linears beside the adapted modules in whose dtype this processor has no products, by name."""
+    inside = tuple(f"{name}." for name in adapted)
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or name.startswith(inside) or scheme_of(module) is not None:
+            continue
+        if "forward" in module.__dict__:
+            continue
+        weight = module.weight
+        if weight.requires_grad or weight.device.type != "cpu" or has_vendor_products(weight.dtype):
+            continue
+        if backends.choose("lora_group", weight.device, weight.dtype).backend != "reference":
+            found[name] = module
+    return found
+
+
 def apply_kernels(
     model: nn.Module, *, example_inputs: Mapping[str, Any] | None = None, strict: bool = False
 ) -> PatchReport:
@@ -220,7 +234,9 @@ def apply_kernels(
 
     Siblings (q, k, v; gate, up) are found by observing one small forward pass: layers of one parent module that
     receive the same tensor become one call. A gated MLP is one call from end to end, with adapters or without. Of
-    stacked experts (`target_parameters`) each computes its own tokens, one call a projection. PEFT keeps its
+    stacked experts (`target_parameters`) each computes its own tokens, one call a projection. On a processor that has
+    no products in the dtype of the weights, linears without adapters run on the operator as well, with their siblings
+    if those are adapted. PEFT keeps its
     parameters, so saving, loading, merging and switching adapters are untouched; a state that the operator does not
     compute (several active adapters, adapters disabled or merged, variants other than DoRA, hooks on the base layer, a
     weight in another dtype than its input) runs PEFT's own forward. Calling it again on a patched model patches it
@@ -258,7 +274,11 @@ def apply_kernels(
         raise UserError(
             f"apply_kernels(strict=True): {len(slow)} adapted modules stay on PEFT's path, the first {slow[0]}"
         )
-    layers: dict[str, Any] = {n: layer for n, layer in adapted.items() if structural_reason(layer) is None}
+    slow_linears = _slow_linears(model, adapted)
+    layers: dict[str, Any] = {
+        **{name: layer for name, layer in adapted.items() if structural_reason(layer) is None},
+        **slow_linears,
+    }
 
     notes: list[str] = []
     groups: list[tuple[str, ...]] = []
@@ -287,16 +307,23 @@ def apply_kernels(
     mlps = apply_gated_mlps(model)
     dropped = 0
     for mlp in mlps:
-        parts = tuple(name for part in PARTS if (name := f"{mlp}.{part}") in layers and not reasons[name])
+        names = [f"{mlp}.{part}" for part in PARTS]
+        parts = tuple(name for name in names if name in reasons and name in layers and not reasons[name])
         if any(has_dropout(layers[name]) for name in parts):
             dropped += 1
         else:
             siblings_of.update(dict.fromkeys(parts, parts))
     if dropped:
         notes.append(f"{dropped} gated MLPs are one call in evaluation alone: their adapters have dropout")
-    bare = sum(not any(f"{mlp}.{part}" in layers for part in PARTS) for mlp in mlps)
+    bare = sum(not any(f"{mlp}.{part}" in adapted for part in PARTS) for mlp in mlps)
     if bare:
         notes.append(f"{bare} gated MLPs without adapters run on the operator as well")
+    in_mlps = {f"{mlp}.{part}" for mlp in mlps for part in PARTS}
+    if alone := [linear.weight.dtype for name, linear in slow_linears.items() if name not in in_mlps]:
+        notes.append(
+            f"{len(alone)} linears without adapters run on the operator as well: this processor has no products in "
+            f"{', '.join(sorted({str(dtype).removeprefix('torch.') for dtype in alone}))}"
+        )
     entries = [
         PatchEntry(
             name,

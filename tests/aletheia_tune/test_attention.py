@@ -83,16 +83,31 @@ def test_same_loss_and_gradients(dtype, build, padded, operator_calls):
 
 
 @served
-def test_evaluation_and_generation_stay_on_sdpa(operator_calls):
-    model = llama().bfloat16().eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_evaluation_runs_on_the_operator_as_well(dtype, operator_calls):
+    torch.manual_seed(0)
+    model = llama().to(dtype).eval()
+    exact = llama().double().eval()
+    exact.load_state_dict(model.state_dict())
     inputs = batch(padded=True)
-    expected = model(**inputs).logits
-    generated = model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False)
-    with kernel_attention(model) as state:
-        assert state.active
-        assert torch.equal(model(**inputs).logits, expected)
-        assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False), generated)
-    assert operator_calls == []
+    seen = inputs["attention_mask"].bool()  # of a padded position nothing is asked
+    with torch.no_grad():
+        expected, plain = (m(**inputs).logits[seen] for m in (exact, model))
+        with kernel_attention(model):
+            given = model(**inputs).logits[seen]
+    assert len(operator_calls) == 2
+    assert (given - expected).norm() <= 2 * (plain - expected).norm() + 1e-5
+
+
+@served
+def test_decoding_stays_on_sdpa(operator_calls):
+    model = llama().eval()
+    inputs = batch(padded=True)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(inputs["input_ids"], **settings)
+    with kernel_attention(model):
+        assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
+    assert len(operator_calls) == 2  # the prompt's pass, in two layers
 
 
 @served
