@@ -52,7 +52,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, direc
     Raises:
         UserError: the path is taken (naming ``--overwrite`` where that would help), is of the other kind,
             lies under something that is not a directory, or cannot be read; or overwriting would delete the
-            current or the home directory.
+            current or the home directory, or one in which a race is going on.
     """
     target = _resolve(path)
     try:
@@ -202,7 +202,7 @@ def held(directory: Path, what: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another {what} is going on in {directory}: let it end, or choose another directory"
+                    f"a {what} is going on in {directory}: let it end, or choose another directory"
                 ) from None
         yield
     finally:
@@ -258,6 +258,8 @@ def _check_directory(target: Path, path: str | os.PathLike[str], overwrite: bool
             raise UserError(
                 f"output directory {path} holds the current or the home directory: choose another"
             )
+        with held(target, "race"):
+            pass  # refused while one writes there
     elif os.path.lexists(target):
         raise UserError(f"output directory {path} is a file: choose another name")
     else:

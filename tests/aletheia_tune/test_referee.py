@@ -134,10 +134,14 @@ def test_an_interrupt_says_what_is_kept(task_file, tmp_path, monkeypatch):
 
 def test_a_second_race_in_one_directory_is_refused(task_file, tmp_path, monkeypatch):
     task, out = read_task(task_file), tmp_path / "out"
+    other = dataclasses.replace(task, name="another task")
 
     def meanwhile(*arguments, **options):
-        with pytest.raises(UserError, match="another race is going on in "):
-            referee(task, out, progress=False)
+        before = sorted(out.rglob("*"))
+        for again, overwrite in ((task, False), (other, True)):
+            with pytest.raises(UserError, match="a race is going on in "):
+                referee(again, out, progress=False, overwrite=overwrite)
+        assert sorted(out.rglob("*")) == before
         raise KeyboardInterrupt
 
     monkeypatch.setattr(referee_module, "race", meanwhile)
