@@ -475,7 +475,7 @@ class _Trainer(Trainer):
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None: nobody asks for their sum, and to estimate them the library counts the model's parameters every step."""
+        """None: nobody asks for their sum, and the library would count the model's parameters at every step."""
         return 0
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
