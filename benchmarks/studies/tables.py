@@ -35,6 +35,9 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 # A task whose rates are searched and whose seeds are not run.
 SEARCH = "aletheia-search"
 
+# A task whose seeds are run and whose runs at equal time are not.
+SEEDS = "aletheia-seeds"
+
 # How many batches a probe needs: probe_batches.py.
 PROBE = "aletheia-probe-batches"
 
@@ -45,7 +48,7 @@ Verdict = dict[str, Any]
 
 
 def keep(run: Path) -> Path:
-    """Copies a task's verdict, a single race, or the search of rates of a task that has none yet, to the results.
+    """Copies a task's verdict, a single race, or the seeds or else the rates of a task that has none, to the results.
 
     The report of each patched module is left out, and of paths what only this machine has.
     """
@@ -55,16 +58,7 @@ def keep(run: Path) -> Path:
         if content["format"] == PROBE:
             return _write(run.name, content)
     else:
-        searched = sorted(run.glob("rate-*/race.json"))
-        races = [json.loads(path.read_text(encoding="utf-8")) for path in searched]
-        facts = dict(machine_facts())
-        threads = races[0]["arms"][0]["training"]["config"]["threads"]
-        facts["CPUs, threads"] = f"{os.cpu_count()} logical CPUs, {threads} torch threads"
-        content = {
-            "format": SEARCH,
-            "machine": facts,
-            "races": {"search": dict(enumerate(races))},
-        }
+        content = _unfinished(run)
     races = (
         [race for of in content["races"].values() for race in of.values()]
         if "races" in content
@@ -78,6 +72,38 @@ def keep(run: Path) -> Path:
                 summary = arm["training"]["patch_report"]["summary"]
                 arm["training"]["patch_report"] = {"summary": summary, "modules": []}
     return _write(run.name, content)
+
+
+def _unfinished(run: Path) -> Verdict:
+    """What a task without a verdict has: its seeds, or the search of its rates."""
+    seeds = {
+        found[1]: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(run.glob("seed-*/race.json"))
+        if (found := re.fullmatch(r"seed-(\d+)-[0-9a-f]+", path.parent.name))
+    }
+    searched = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("rate-*/race.json"))]
+    arms = [arm for race in (seeds.values() if seeds else searched) for arm in race["arms"]]
+    facts = dict(machine_facts())
+    facts["CPUs, threads"] = (
+        f"{os.cpu_count()} logical CPUs, {arms[0]['training']['config']['threads']} torch threads"
+    )
+    if not seeds:
+        return {"format": SEARCH, "machine": facts, "races": {"search": dict(enumerate(searched))}}
+    return {
+        "format": SEEDS,
+        "machine": facts,
+        "chosen": {arm["name"]: arm["training"]["config"]["learning_rate"] for arm in arms},
+        "arms": {},
+        "table": {
+            arm["name"]: {
+                "peak_memory_mb": max(
+                    a["training"]["peak_memory_mb"] for a in arms if a["name"] == arm["name"]
+                )
+            }
+            for arm in arms
+        },
+        "races": {seed: {"race": race} for seed, race in seeds.items()},
+    }
 
 
 def _write(name: str, content: Verdict) -> Path:
