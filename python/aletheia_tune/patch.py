@@ -215,11 +215,11 @@ def _slow_linears(model: nn.Module, adapted: Collection[str]) -> dict[str, nn.Li
     inside = tuple(f"{name}." for name in adapted)
     found = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or name.startswith(inside) or scheme_of(module) is not None:
-            continue
-        if "forward" in module.__dict__:
+        if type(module) is not nn.Linear or name.startswith(inside) or "forward" in module.__dict__:
             continue
         weight = module.weight
+        if type(weight) is not nn.Parameter:  # quantised: what it multiplies by is its own affair
+            continue
         if weight.requires_grad or weight.device.type != "cpu" or has_vendor_products(weight.dtype):
             continue
         if backends.choose("lora_group", weight.device, weight.dtype).backend != "reference":

@@ -166,6 +166,20 @@ def test_a_forward_that_is_already_replaced_stays(slow):
     assert (model(**batch()).logits == 0).all()
 
 
+def test_a_weight_of_another_class_multiplies_in_its_own_way(slow, ranks):
+    class Quantised(nn.Parameter):
+        """A tensor subclass, as quantisation libraries put into a linear."""
+
+    model = adapted()
+    head = model.get_output_embeddings()
+    head.weight = Quantised(head.weight.detach(), requires_grad=False)
+    apply_kernels(model)
+    assert "forward" not in head.__dict__
+    ranks.clear()
+    model(**batch())
+    assert ranks == [[4, 0, 4], [0]] * 2
+
+
 def test_autocast(slow, ranks):
     model = adapted(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
