@@ -20,6 +20,11 @@ from aletheia_tune.torch_state import is_hooked
 # Of a linear with a plain weight and with a quantised one; by name, since PEFT's own modules import the libraries.
 _LORA_LINEARS = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "torchao.TorchaoLoraLinear")
 
+# Of fewer, as in decoding, torch reads a frozen weight once as it is, the operator rounds or widens it first. With
+# AVX512-VNNI one row of 576 → 576 takes 0.07 ms against 0.23, of 576 → 49,152 4.5 against 6.1; eight rows take 0.24
+# against 0.30 and 15.3 against 7.8.
+_FEWEST_ROWS = 8
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -190,7 +195,10 @@ def serves(layer: Any, x: Tensor) -> bool:
         x: its input.
     """
     base = base_of(layer)
-    left = base.weight.requires_grad if base is layer else state_reason(layer) is not None
+    if base is layer:
+        left = base.weight.requires_grad or x.numel() < _FEWEST_ROWS * x.shape[-1]
+    else:
+        left = state_reason(layer) is not None
     if left or not x.is_floating_point() or dropout_p(layer) >= 1.0:
         return False
     if is_sharded(base.weight):

@@ -99,6 +99,14 @@ def test_only_where_the_processor_has_no_products_in_their_dtype(ranks):
     assert ("5 linears without adapters" in str(report)) != has_vendor_products(torch.bfloat16)
 
 
+def test_a_few_rows_are_left_to_the_module(slow, ranks):
+    model = adapted()
+    apply_kernels(model)
+    ranks.clear()
+    model(input_ids=batch()["input_ids"][:1, :7])
+    assert ranks == [[4, 4]] * 2
+
+
 def test_the_report_says_so_and_counts_no_adapted_module_more(slow):
     report = apply_kernels(adapted(torch.bfloat16))
     assert len(report.entries) == len(report.fast) == 4
