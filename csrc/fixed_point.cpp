@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "instruction_set.h"
@@ -27,9 +28,9 @@ using bf16 = at::BFloat16;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kGroup = 128;    // inner indices that share a scale: 128 products of less than 2^24 fit 32 bits
 constexpr int64_t kPairs = kGroup / 2;
-constexpr int64_t kPanels = 4;     // registers of the right factor that a kernel holds
-constexpr int64_t kColumns = kPanels * kLanes;
-constexpr int64_t kStrip = 6;      // rows that it goes through at a time
+constexpr int64_t kMostPanels = 4;  // registers of the right factor that a kernel holds; fewer for results as narrow
+constexpr int64_t kMostColumns = kMostPanels * kLanes;
+constexpr int64_t kRowsMultiple = 12;  // of every kernel's height
 constexpr int64_t kMostRows = 1024;  // of one task: their sums stay in second-level cache
 constexpr int64_t kFewestRows = 96;  // that a task is cut down to so that threads end together
 
@@ -95,6 +96,8 @@ inline float round_group(const bf16* elements, int64_t count, __m512i (&words)[k
   return _mm512_cvtss_f32(scale.inverse);
 }
 
+}  // namespace
+
 // A left factor, rounded: one group of all rows after another, in which a row's 128 numbers lie side by side.
 class Left {
  public:
@@ -105,7 +108,7 @@ class Left {
     const bf16* const data = a.const_data_ptr<bf16>();
     const int64_t ld = a.stride(0);
     constexpr int64_t kGrain = 1 << 14;
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(inner, 1)), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max(inner, kGroup)), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row)
         for (int64_t group = 0; group < groups; ++group) {
           __m512i words[kWords];
@@ -126,6 +129,10 @@ class Left {
   Scratch<float> scales_;
 };
 
+std::shared_ptr<const Left> rounded(const at::Tensor& left) { return std::make_shared<const Left>(left); }
+
+namespace {
+
 // A right factor [inner, outer] whose elements lie one after another along one of the two.
 struct Right {
   at::Tensor owner;
@@ -139,11 +146,12 @@ struct Right {
     ld = owner.stride(along_inner ? 1 : 0);
   }
 
-  // Asks for part `part` of `parts` of the lines of a group of 64 columns: each of its rows or columns lies on another
+  // Asks for part `part` of `parts` of the lines of a group of so many columns: each of its rows or columns lies on another
   // page, and no processor fetches those unasked. Inlined, since GCC 12 drops calls of what does nothing but prefetch.
-  __attribute__((always_inline)) void fetch(int64_t group, int64_t column, int64_t part, int64_t parts) const {
+  __attribute__((always_inline)) void fetch(
+      int64_t group, int64_t column, int64_t columns, int64_t part, int64_t parts) const {
     constexpr int64_t kLine = 64 / sizeof(bf16);
-    const int64_t first = group * kGroup, deep = std::min(kGroup, inner - first), wide = std::min(kColumns, outer - column);
+    const int64_t first = group * kGroup, deep = std::min(kGroup, inner - first), wide = std::min(columns, outer - column);
     const int64_t pieces = along_inner ? wide : deep, length = along_inner ? deep : wide;
     const bf16* const start = along_inner ? data + column * ld + first : data + first * ld + column;
     for (int64_t piece = part * pieces / parts; piece < (part + 1) * pieces / parts; ++piece) {
@@ -153,14 +161,14 @@ struct Right {
   }
 };
 
-// One group of 64 columns of a right factor, rounded: four panels of 16 columns, each pair after pair of the inner index.
+// One group of some columns of a right factor, rounded: panels of 16 columns, each pair after pair of the inner index.
 struct Panels {
-  alignas(64) int16_t numbers[kPanels][kPairs][2 * kLanes];
-  alignas(64) float scales[kPanels][kLanes];
+  alignas(64) int16_t numbers[kMostPanels][kPairs][2 * kLanes];
+  alignas(64) float scales[kMostPanels][kLanes];
 
-  void load(const Right& b, int64_t group, int64_t column) {
+  void load(const Right& b, int64_t group, int64_t column, int64_t panels) {
     const int64_t first = group * kGroup, count = std::min(kGroup, b.inner - first);
-    for (int64_t panel = 0; panel < kPanels; ++panel, column += kLanes) {
+    for (int64_t panel = 0; panel < panels; ++panel, column += kLanes) {
       const int64_t columns = std::clamp<int64_t>(b.outer - column, 0, kLanes);
       if (b.along_inner) {
         load_columns(b.data + column * b.ld + first, b.ld, count, columns, panel);
@@ -201,12 +209,12 @@ struct Panels {
   }
 };
 
-// kRows rows of a group against its panels: c [kRows, 64] = or += their products. The instruction is written out because
-// GCC 12 keeps sums in memory that the intrinsic has added to.
-template <int kRows, bool kAdd>
+// kRows rows of a group against its panels: c [kRows, 16 kPanels] = or += their products. The instruction is written out
+// because GCC 12 keeps sums in memory that the intrinsic has added to.
+template <int kRows, int kPanels, bool kAdd>
 void kernel(const int16_t* a, const float* scales, const Panels& b, int64_t pairs, float* c) {
   __m512i sum[kRows][kPanels];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) sum[m][p] = _mm512_setzero_si512();
@@ -214,7 +222,10 @@ void kernel(const int16_t* a, const float* scales, const Panels& b, int64_t pair
     __m512i right[kPanels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) right[p] = _mm512_load_si512(b.numbers[p][pair]);
-#pragma GCC unroll 8
+    // The next strip's numbers and sums, which lie in second-level cache or further: a 64th of either each time.
+    __builtin_prefetch(a + kRows * kGroup + 2 * kRows * pair);
+    if constexpr (kAdd) __builtin_prefetch(c + kRows * kPanels * kLanes + kRows * kPanels * pair / 4);
+#pragma GCC unroll 12
     for (int m = 0; m < kRows; ++m) {
       int both;
       std::memcpy(&both, a + m * kGroup + 2 * pair, sizeof(both));
@@ -224,12 +235,12 @@ void kernel(const int16_t* a, const float* scales, const Panels& b, int64_t pair
         asm("vpdpwssd %2, %1, %0" : "+v"(sum[m][p]) : "v"(left), "v"(right[p]));
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
     const __m512 scale = _mm512_set1_ps(scales[m]);
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
-      float* const target = c + m * kColumns + p * kLanes;
+      float* const target = c + (m * kPanels + p) * kLanes;
       const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][p]), _mm512_load_ps(b.scales[p]));
       if constexpr (kAdd) {
         _mm512_store_ps(target, _mm512_fmadd_ps(value, scale, _mm512_load_ps(target)));
@@ -240,16 +251,15 @@ void kernel(const int16_t* a, const float* scales, const Panels& b, int64_t pair
   }
 }
 
-template <bool kAdd>
+// Rows that a kernel goes through at a time: two dozen sums, or as many as hide the instruction's latency.
+template <int kPanels>
+constexpr int kHeight = kPanels == kMostPanels ? 6 : 12;
+static_assert(kRowsMultiple % kHeight<1> == 0 && kRowsMultiple % kHeight<kMostPanels> == 0);
+
+template <int kPanels, bool kAdd, int kRows = kHeight<kPanels>>
 void strip(int64_t rows, const int16_t* a, const float* scales, const Panels& b, int64_t pairs, float* c) {
-  switch (rows) {
-    case 1: return kernel<1, kAdd>(a, scales, b, pairs, c);
-    case 2: return kernel<2, kAdd>(a, scales, b, pairs, c);
-    case 3: return kernel<3, kAdd>(a, scales, b, pairs, c);
-    case 4: return kernel<4, kAdd>(a, scales, b, pairs, c);
-    case 5: return kernel<5, kAdd>(a, scales, b, pairs, c);
-    default: return kernel<6, kAdd>(a, scales, b, pairs, c);
-  }
+  if (rows == kRows) return kernel<kRows, kPanels, kAdd>(a, scales, b, pairs, c);
+  if constexpr (kRows > 1) strip<kPanels, kAdd, kRows - 1>(rows, a, scales, b, pairs, c);
 }
 
 // To the nearest, ties to even. A NaN here has zeros in its lower half, which carry nothing (convert.h).
@@ -264,54 +274,80 @@ struct Result {
   std::vector<const Left*> lefts;
   std::vector<Right> rights;
   at::Tensor bias;  // float32, or undefined
-  bf16* out;
-  int64_t ld, columns;
+  at::Tensor out;
+  int64_t columns;
 
-  int64_t blocks() const { return (columns + kColumns - 1) / kColumns; }
+  // Of 16 columns each, that a task takes.
+  int64_t panels() const { return columns > 2 * kLanes ? kMostPanels : columns > kLanes ? 2 : 1; }
+  int64_t blocks() const { return (columns + panels() * kLanes - 1) / (panels() * kLanes); }
 
-  // Rows [first, end) of 64 columns.
-  void block(int64_t column, int64_t first, int64_t end, Panels& panels, float* sums) const {
+  // Rows [first, end) of a block of columns.
+  void block(int64_t index, int64_t first, int64_t end, Panels& scratch, float* sums) const {
+    switch (panels()) {
+      case 1: return block_of<1>(index * kLanes, first, end, scratch, sums);
+      case 2: return block_of<2>(index * 2 * kLanes, first, end, scratch, sums);
+      default: return block_of<kMostPanels>(index * kMostColumns, first, end, scratch, sums);
+    }
+  }
+
+ private:
+  template <int kPanels>
+  void block_of(int64_t column, int64_t first, int64_t end, Panels& panels, float* sums) const {
+    constexpr int64_t kColumns = kPanels * kLanes, kStrip = kHeight<kPanels>;
     int64_t left = 0;
     for (const Left* factor : lefts) left += factor->groups;
-    if (left == 0) finish(column, first, end, zeros(sums, end - first));
+    if (left == 0) {
+      std::fill_n(sums, (end - first) * kColumns, 0.0f);
+      finish(column, kColumns, first, end, sums);
+    }
     bool adds = false;
     const int64_t strips = (end - first + kStrip - 1) / kStrip;
     for (size_t i = 0; i < lefts.size(); ++i)
       for (int64_t group = 0; group < lefts[i]->groups; ++group, adds = true) {
-        panels.load(rights[i], group, column);
+        panels.load(rights[i], group, column, kPanels);
         const int64_t pairs = (std::min(kGroup, lefts[i]->inner - group * kGroup) + 1) / 2;
         const bool last = --left == 0;
         for (int64_t row = first; row < end; row += kStrip) {
           const int64_t count = std::min(kStrip, end - row);
           float* const of_rows = sums + (row - first) * kColumns;
-          if (last) fetch(column, row, row + count);
-          if (group + 1 < lefts[i]->groups) rights[i].fetch(group + 1, column, (row - first) / kStrip, strips);
-          (adds ? strip<true> : strip<false>)(
+          if (last) fetch(column, kColumns, row, row + count);
+          if (group + 1 < lefts[i]->groups)
+            rights[i].fetch(group + 1, column, kColumns, (row - first) / kStrip, strips);
+          (adds ? strip<kPanels, true> : strip<kPanels, false>)(
               count, lefts[i]->numbers(group, row), lefts[i]->scales(group, row), panels, pairs, of_rows);
-          if (last) finish(column, row, row + count, of_rows);
+          if (last) finish(column, kColumns, row, row + count, of_rows);
         }
       }
   }
-
- private:
-  static float* zeros(float* sums, int64_t rows) {
-    std::fill_n(sums, rows * kColumns, 0.0f);
-    return sums;
-  }
   // Lines that are going to be written, a row of which is pages from the next.
-  void fetch(int64_t column, int64_t first, int64_t end) const {
+  __attribute__((always_inline)) void fetch(int64_t column, int64_t width, int64_t first, int64_t end) const {
+    const int64_t size = out.element_size(), ld = out.stride(0) * size;
+    const char* const start = static_cast<const char*>(out.const_data_ptr()) + column * size;
     for (int64_t row = first; row < end; ++row)
-      for (int64_t k = 0; k < kColumns; k += 2 * kLanes) __builtin_prefetch(out + row * ld + column + k, 1, 3);
+      for (int64_t k = 0; k < width * size; k += 64) __builtin_prefetch(start + row * ld + k, 1, 3);
   }
-  void finish(int64_t column, int64_t first, int64_t end, const float* sums) const {
+  void finish(int64_t column, int64_t width, int64_t first, int64_t end, const float* sums) const {
+    if (out.scalar_type() == at::kFloat) {
+      finish_in(out.mutable_data_ptr<float>(), column, width, first, end, sums);
+    } else {
+      finish_in(out.mutable_data_ptr<bf16>(), column, width, first, end, sums);
+    }
+  }
+  template <typename T>
+  void finish_in(T* to, int64_t column, int64_t width, int64_t first, int64_t end, const float* sums) const {
     const float* const start = bias.defined() ? bias.const_data_ptr<float>() + column : nullptr;
-    for (int64_t row = first; row < end; ++row, sums += kColumns) {
-      bf16* const target = out + row * ld + column;
-      for (int64_t k = 0; k < std::min(kColumns, columns - column); k += kLanes) {
+    const int64_t ld = out.stride(0);
+    for (int64_t row = first; row < end; ++row, sums += width) {
+      T* const target = to + row * ld + column;
+      for (int64_t k = 0; k < std::min(width, columns - column); k += kLanes) {
         const __mmask16 mask = first_of_16(columns - column - k);
         __m512 value = _mm512_load_ps(sums + k);
         if (start) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, start + k));
-        _mm256_mask_storeu_epi16(target + k, mask, narrow(value));
+        if constexpr (std::is_same_v<T, float>) {
+          _mm512_mask_storeu_ps(target + k, mask, value);
+        } else {
+          _mm256_mask_storeu_epi16(target + k, mask, narrow(value));
+        }
       }
     }
   }
@@ -325,38 +361,30 @@ bool serves(at::ScalarType dtype, int64_t rows) {
 
 void multiply(const std::vector<Sum>& sums) {
   const int64_t rows = sums.front().out.size(0);
-  std::vector<std::pair<const void*, std::unique_ptr<Left>>> rounded_lefts;
-  const auto rounded_once = [&](const at::Tensor& left) {
-    for (const auto& [of, known] : rounded_lefts)
-      if (of == left.unsafeGetTensorImpl()) return known.get();
-    rounded_lefts.emplace_back(left.unsafeGetTensorImpl(), std::make_unique<Left>(left));
-    return rounded_lefts.back().second.get();
-  };
   std::vector<Result> results;
   std::vector<int64_t> starts{0};
   for (const Sum& sum : sums) {
-    Result result{{}, {}, {}, sum.out.mutable_data_ptr<bf16>(), sum.out.stride(0), sum.out.size(1)};
-    for (const at::Tensor& left : sum.lefts) result.lefts.push_back(rounded_once(left));
+    Result result{{}, {}, {}, sum.out, sum.out.size(1)};
+    for (const auto& left : sum.lefts) result.lefts.push_back(left.get());
     for (const at::Tensor& right : sum.rights) result.rights.emplace_back(right);
     if (sum.bias) result.bias = sum.bias->to(at::kFloat).contiguous();
     starts.push_back(starts.back() + result.blocks());
     results.push_back(std::move(result));
   }
-  // A task is 64 columns of some of the rows. Each rounds its right factor anew, so that rows are cut no finer than it
-  // takes for threads to end within an eighth of their time.
+  // A task is a block of columns and some of the rows. Each rounds its right factor anew, so that rows are cut no finer
+  // than it takes for threads to end within an eighth of their time.
   const int64_t blocks = std::max<int64_t>(starts.back(), 1);
   const int64_t wanted = std::max((8 * at::get_num_threads() + blocks - 1) / blocks, (rows + kMostRows - 1) / kMostRows);
   const int64_t cuts = std::clamp<int64_t>(wanted, 1, (rows + kFewestRows - 1) / kFewestRows);
-  const int64_t most = ((rows + cuts - 1) / cuts + kStrip - 1) / kStrip * kStrip;
+  const int64_t most = ((rows + cuts - 1) / cuts + kRowsMultiple - 1) / kRowsMultiple * kRowsMultiple;
   on_threads(starts.back() * cuts, [&](auto take) {
-    const Scratch<float> sums_of_rows(most * kColumns);
+    const Scratch<float> sums_of_rows(most * kMostColumns);
     const auto panels = std::make_unique<Panels>();
     for (int64_t task; (task = take()) < starts.back() * cuts;) {
       const int64_t block = task / cuts, first = task % cuts * most;
       const int64_t index = std::upper_bound(starts.begin(), starts.end(), block) - starts.begin() - 1;
       if (first < rows)
-        results[index].block(
-            (block - starts[index]) * kColumns, first, std::min(first + most, rows), *panels, sums_of_rows.data());
+        results[index].block(block - starts[index], first, std::min(first + most, rows), *panels, sums_of_rows.data());
     }
   });
 }
@@ -369,7 +397,10 @@ void multiply(const std::vector<Sum>& sums) {
 
 namespace aletheia::fixed_point {
 
+class Left {};
+
 bool serves(at::ScalarType, int64_t) { return false; }
+std::shared_ptr<const Left> rounded(const at::Tensor&) { TORCH_CHECK(false, "built without AVX512-VNNI"); }
 void multiply(const std::vector<Sum>&) { TORCH_CHECK(false, "built without AVX512-VNNI"); }
 
 }  // namespace aletheia::fixed_point

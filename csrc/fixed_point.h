@@ -10,6 +10,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -18,14 +19,20 @@ namespace aletheia::fixed_point {
 // Whether the instruction set in use multiplies matrices of this dtype with so many rows on the left by what is below.
 bool serves(at::ScalarType dtype, int64_t rows);
 
-// One result: Σ_i lefts_i rights_i + bias, lefts [rows, K_i], rights [K_i, columns] in any strides, out with unit columns.
+// A left factor [rows, inner], rounded: once, whatever it is multiplied by.
+class Left;
+std::shared_ptr<const Left> rounded(const at::Tensor& left);
+
+// One result: Σ_i lefts_i rights_i + bias, rights [inner_i, columns] in any strides, out [rows, columns] with unit columns
+// and in bfloat16 or float32.
 struct Sum {
-  std::vector<at::Tensor> lefts, rights;
+  std::vector<std::shared_ptr<const Left>> lefts;
+  std::vector<at::Tensor> rights;
   std::optional<at::Tensor> bias;
   at::Tensor out;
 };
 
-// All of them, with equally many rows. A left factor that several share is rounded once.
+// All of them, with equally many rows.
 void multiply(const std::vector<Sum>& sums);
 
 }  // namespace aletheia::fixed_point

@@ -1,6 +1,7 @@
 // LoRA group, forward and backward (mathematics: aletheia_kernels/reference/lora.py).
 //
-// In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h). Elsewhere the base products are products.h's,
+// In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h), as they are in fixed point without dropout:
+// what the adapters add to a result is further inner indices of its sum. Elsewhere the base products are products.h's,
 // in float32 where the processor has nothing for the dtype, and what surrounds them is low_rank.h's, or composed of ATen
 // products that accumulate into the fresh outputs. Either way siblings share one shrink product and dropout is made again
 // from its seed.
@@ -13,6 +14,7 @@
 #include <algorithm>
 
 #include "clones.h"
+#include "fixed_point.h"
 #include "fused.h"
 #include "low_rank.h"
 #include "operators.h"
@@ -87,6 +89,73 @@ at::Tensor stacked(at::TensorList lora_As, at::ScalarType dtype) {
   return shrink;
 }
 
+// s_i for each of r_i ranks, end to end, in float32.
+at::Tensor scaling_of_ranks(const std::vector<int64_t>& offsets, at::ArrayRef<double> scalings) {
+  at::Tensor out = at::empty({offsets.back()}, at::kFloat);
+  for (size_t i = 0; i < scalings.size(); ++i)
+    std::fill(
+        out.mutable_data_ptr<float>() + offsets[i], out.mutable_data_ptr<float>() + offsets[i + 1],
+        static_cast<float>(scalings[i]));
+  return out;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> forward_in_fixed_point(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings) {
+  const auto dtype = x.scalar_type();
+  const std::vector<int64_t> offsets = offsets_of(lora_As, 0);
+  const auto left = fixed_point::rounded(x);
+  at::Tensor h = at::empty({x.size(0), offsets.back()}, x.options().dtype(at::kFloat));
+  if (offsets.back() > 0)
+    fixed_point::multiply({fixed_point::Sum{{left}, {stacked(lora_As, dtype).t()}, std::nullopt, h}});
+  const at::Tensor scaled = h.mul(scaling_of_ranks(offsets, scalings)).to(dtype);
+  std::vector<at::Tensor> ys;
+  std::vector<fixed_point::Sum> sums;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ys.push_back(at::empty({x.size(0), weights[i].size(0)}, x.options()));
+    fixed_point::Sum sum{{left}, {weights[i].t()}, biases.get(i), ys.back()};
+    if (const int64_t rank = lora_As[i].size(0); rank > 0) {
+      sum.lefts.push_back(fixed_point::rounded(scaled.narrow(1, offsets[i], rank)));
+      sum.rights.push_back(lora_Bs[i].to(dtype).t());
+    }
+    sums.push_back(std::move(sum));
+  }
+  fixed_point::multiply(sums);
+  return {std::move(ys), h};
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backward_in_fixed_point(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList weights, at::TensorList lora_As,
+    at::TensorList lora_Bs, at::ArrayRef<double> scalings, bool needs_dx) {
+  const auto dtype = x.scalar_type();
+  const std::vector<int64_t> offsets = offsets_of(lora_As, 0);
+  std::vector<std::shared_ptr<const fixed_point::Left>> lefts;
+  std::vector<fixed_point::Sum> shrinks;
+  std::vector<at::Tensor> dAs, dBs;
+  at::Tensor g = at::empty(h.sizes(), h.options());
+  for (size_t i = 0; i < dys.size(); ++i) {
+    const int64_t rank = lora_As[i].size(0);
+    lefts.push_back(fixed_point::rounded(dys[i]));
+    if (rank > 0) shrinks.push_back({{lefts[i]}, {lora_Bs[i].to(dtype)}, std::nullopt, g.narrow(1, offsets[i], rank)});
+    dAs.push_back(at::empty_like(lora_As[i], at::MemoryFormat::Contiguous));
+    dBs.push_back(at::empty_like(lora_Bs[i], at::MemoryFormat::Contiguous));
+  }
+  if (!shrinks.empty()) {
+    fixed_point::multiply(shrinks);
+    g.mul_(scaling_of_ranks(offsets, scalings));
+    low_rank::weight_gradients(dys, x, h, g, scalings, dAs, dBs);
+  }
+  if (!needs_dx) return {at::empty({0}, x.options()), std::move(dAs), std::move(dBs)};
+  at::Tensor dx = at::empty(x.sizes(), x.options());
+  std::vector<at::Tensor> rights = weights.vec();
+  if (offsets.back() > 0) {
+    lefts.push_back(fixed_point::rounded(g.to(dtype)));
+    rights.push_back(stacked(lora_As, dtype));
+  }
+  fixed_point::multiply({fixed_point::Sum{std::move(lefts), std::move(rights), std::nullopt, dx}});
+  return {dx, std::move(dAs), std::move(dBs)};
+}
+
 }  // namespace
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
@@ -102,6 +171,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(
         seed);
     return {all_to(wide_ys, dtype), h};
   }
+  if (!dropout && fixed_point::serves(dtype, x.size(0)))
+    return forward_in_fixed_point(x, weights, biases, lora_As, lora_Bs, scalings);
   std::vector<at::Tensor> ys = linears(x, weights, biases);
   if (uses_low_rank(x, lora_As, lora_Bs)) {
     at::Tensor h = at::empty({x.size(0), offsets_of(lora_As, 0).back()}, x.options().dtype(at::kFloat));
@@ -133,6 +204,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_gr
         lora_Bs, scalings, dropout_p, seed, needs_dx);
     return {dx.to(dtype), std::move(dAs), std::move(dBs)};
   }
+  if (!dropout && fixed_point::serves(dtype, x.size(0)))
+    return backward_in_fixed_point(dys, x, h, weights, lora_As, lora_Bs, scalings, needs_dx);
   at::Tensor g = at::empty(h.sizes(), x.options());
   std::vector<at::Tensor> dAs, dBs;
   for (size_t i = 0; i < weights.size(); ++i) {

@@ -160,63 +160,105 @@ void forward_in(
   });
 }
 
+// Sums over tokens for dA and dB: a thread's own, dA in panels of columns [panels, ranks, width], then every dB_iᵀ so.
+class TokenSums {
+ public:
+  TokenSums(int64_t width, at::TensorList dAs, at::TensorList dBs)
+      : width_(width), features_(dAs[0].size(1)), offsets_(offsets_of(dAs, 0)) {
+    starts_.push_back(ranks() * rounded_up(features_, width));
+    for (const at::Tensor& dB : dBs) starts_.push_back(starts_.back() + dB.size(1) * rounded_up(dB.size(0), width));
+    sums_ = at::zeros({at::get_num_threads(), starts_.back()}, at::kFloat);
+  }
+
+  int64_t ranks() const { return offsets_.back(); }
+  int64_t offset(size_t i) const { return offsets_[i]; }
+  float* dA_of_this_thread() { return sums_.mutable_data_ptr<float>() + at::get_thread_num() * starts_.back(); }
+  float* dB_of_this_thread(size_t i) { return dA_of_this_thread() + starts_[i]; }
+
+  void write(at::ArrayRef<double> scalings, at::TensorList dAs, at::TensorList dBs) const {
+    const at::Tensor total = sums_.size(0) > 1 ? sums_.sum(0) : sums_[0];
+    const auto panelled = [&](int64_t start, int64_t rows, int64_t columns) {
+      const int64_t panels = rounded_up(columns, width_) / width_;
+      return total.narrow(0, start, panels * rows * width_).view({panels, rows, width_});
+    };
+    const at::Tensor dA = panelled(0, ranks(), features_)
+                              .permute({1, 0, 2})
+                              .reshape({ranks(), rounded_up(features_, width_)})
+                              .narrow(1, 0, features_);
+    for (size_t i = 0; i < dBs.size(); ++i) {
+      const int64_t out = dBs[i].size(0), rank = dBs[i].size(1);
+      dAs[i].copy_(dA.narrow(0, offsets_[i], rank));
+      dBs[i].copy_(
+          panelled(starts_[i], rank, out).permute({0, 2, 1}).reshape({rounded_up(out, width_), rank}).narrow(0, 0, out)
+              .mul(scalings[i]));
+    }
+  }
+
+ private:
+  int64_t width_, features_;
+  std::vector<int64_t> offsets_, starts_;
+  at::Tensor sums_;
+};
+
 template <typename T>
 void backward_in(
     const KernelSet& set, const std::vector<at::Tensor>& dys, const at::Tensor& x, const float* h,
     at::TensorList lora_Bs, at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, T* g,
     at::TensorList dAs, at::TensorList dBs) {
   const Kernels<T>& kernels = kernels_of<T>(set);
-  const std::vector<int64_t> offsets = offsets_of(dAs, 0);
-  const int64_t ranks = offsets.back(), features = x.size(1), width = 2 * set.lanes, threads = at::get_num_threads();
-
-  // A thread's sums: dA in panels of columns [panels, ranks, width], then every dB_iᵀ so.
+  const int64_t features = x.size(1), width = 2 * set.lanes;
+  TokenSums sums(width, dAs, dBs);
+  const int64_t ranks = sums.ranks();
   std::vector<Operand> shrinks;  // s B, so that g comes out scaled
-  std::vector<int64_t> dB_starts;
-  int64_t sums_size = ranks * rounded_up(features, width), widest = features;
+  int64_t widest = features;
   for (size_t i = 0; i < dys.size(); ++i) {
     const Elements<T> element(lora_Bs[i]);
     const float scaling = static_cast<float>(scalings[i]);
     const int64_t out = lora_Bs[i].size(0), rank = lora_Bs[i].size(1);
     shrinks.emplace_back(set.lanes, out, rank, [&](int64_t k, int64_t n) { return element(k, n) * scaling; });
-    dB_starts.push_back(sums_size);
-    sums_size += rank * rounded_up(out, width);
     widest = std::max(widest, out);
   }
-  at::Tensor sums = at::zeros({threads, sums_size}, at::kFloat);
-  float* sums_data = sums.mutable_data_ptr<float>();
   Scratch scratch(kTokens * rounded_up(widest, width)), g_scratch(kTokens * ranks);
   const T* source = x.const_data_ptr<T>();
   over_blocks(x.size(0), [&](auto blocks) {
-    float *own_sums = sums_data + at::get_thread_num() * sums_size, *panels = scratch.of_this_thread();
-    float* g_block = g_scratch.of_this_thread();
+    float *panels = scratch.of_this_thread(), *g_block = g_scratch.of_this_thread();
     blocks([&](int64_t start, int64_t count) {
       const Rows rows{panels, width, kTokens * width};
       for (size_t i = 0; i < dys.size(); ++i) {
-        const int64_t ld = dys[i].stride(0), out = shrinks[i].inner, rank = shrinks[i].outer;
+        const int64_t ld = dys[i].stride(0), out = shrinks[i].inner, rank = shrinks[i].outer, offset = sums.offset(i);
         kernels.load(dys[i].const_data_ptr<T>() + start * ld, ld, count, out, nullptr, panels);
-        kernels.rows(rows, count, shrinks[i], g_block + offsets[i], ranks);
-        kernels.columns(h + start * ranks + offsets[i], ranks, rank, count, panels, out, own_sums + dB_starts[i]);
+        kernels.rows(rows, count, shrinks[i], g_block + offset, ranks);
+        kernels.columns(h + start * ranks + offset, ranks, rank, count, panels, out, sums.dB_of_this_thread(i));
       }
       kernels.narrow(g_block, count * ranks, g + start * ranks);
       const std::optional<Mask> mask = mask_from(dropout, start * features);
       kernels.load(source + start * x.stride(0), x.stride(0), count, features, mask ? &*mask : nullptr, panels);
-      kernels.columns(g_block, ranks, ranks, count, panels, features, own_sums);
+      kernels.columns(g_block, ranks, ranks, count, panels, features, sums.dA_of_this_thread());
     });
   });
-  const at::Tensor total = threads > 1 ? sums.sum(0) : sums[0];
-  const auto panelled = [&](int64_t start, int64_t rows, int64_t columns) {
-    const int64_t panels = rounded_up(columns, width) / width;
-    return total.narrow(0, start, panels * rows * width).view({panels, rows, width});
+  sums.write(scalings, dAs, dBs);
+}
+
+template <typename T>
+void weight_gradients_in(
+    const KernelSet& set, const std::vector<at::Tensor>& dys, const at::Tensor& x, const float* h, const float* g,
+    at::ArrayRef<double> scalings, at::TensorList dAs, at::TensorList dBs) {
+  const Kernels<T>& kernels = kernels_of<T>(set);
+  TokenSums sums(2 * set.lanes, dAs, dBs);
+  const int64_t ranks = sums.ranks();
+  const auto add = [&](const float* c, int64_t rank, const at::Tensor& z, int64_t start, int64_t count, float* to) {
+    const int64_t ld = z.stride(0);
+    kernels.columns_of_rows(
+        c + start * ranks, ranks, rank, count, z.const_data_ptr<T>() + start * ld, ld, z.size(1), to);
   };
-  const at::Tensor dA =
-      panelled(0, ranks, features).permute({1, 0, 2}).reshape({ranks, rounded_up(features, width)}).narrow(1, 0, features);
-  for (size_t i = 0; i < dys.size(); ++i) {
-    const int64_t out = shrinks[i].inner, rank = shrinks[i].outer;
-    dAs[i].copy_(dA.narrow(0, offsets[i], rank));
-    dBs[i].copy_(
-        panelled(dB_starts[i], rank, out).permute({0, 2, 1}).reshape({rounded_up(out, width), rank}).narrow(0, 0, out)
-            .mul(scalings[i]));
-  }
+  over_blocks(x.size(0), [&](auto blocks) {
+    blocks([&](int64_t start, int64_t count) {
+      for (size_t i = 0; i < dys.size(); ++i)
+        add(h + sums.offset(i), dBs[i].size(1), dys[i], start, count, sums.dB_of_this_thread(i));
+      add(g, ranks, x, start, count, sums.dA_of_this_thread());
+    });
+  });
+  sums.write(scalings, dAs, dBs);
 }
 
 template <typename T>
@@ -260,17 +302,35 @@ void forward(
   });
 }
 
+namespace {
+
+std::vector<at::Tensor> all_with_unit_columns(at::TensorList tensors) {
+  std::vector<at::Tensor> out;
+  for (const at::Tensor& tensor : tensors) out.push_back(with_unit_columns(tensor));
+  return out;
+}
+
+}  // namespace
+
 void backward(
     at::TensorList dys, const at::Tensor& x, const at::Tensor& h, at::TensorList lora_Bs,
     at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, at::Tensor& g, at::TensorList dAs,
     at::TensorList dBs) {
-  std::vector<at::Tensor> rows;
-  for (const at::Tensor& dy : dys) rows.push_back(with_unit_columns(dy));
   with_kernels(x.scalar_type(), [&](auto zero, const KernelSet& set) {
     using T = decltype(zero);
     backward_in<T>(
-        set, rows, with_unit_columns(x), h.const_data_ptr<float>(), lora_Bs, scalings, dropout,
+        set, all_with_unit_columns(dys), with_unit_columns(x), h.const_data_ptr<float>(), lora_Bs, scalings, dropout,
         g.mutable_data_ptr<T>(), dAs, dBs);
+  });
+}
+
+void weight_gradients(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, const at::Tensor& g, at::ArrayRef<double> scalings,
+    at::TensorList dAs, at::TensorList dBs) {
+  with_kernels(x.scalar_type(), [&](auto zero, const KernelSet& set) {
+    weight_gradients_in<decltype(zero)>(
+        set, all_with_unit_columns(dys), with_unit_columns(x), h.const_data_ptr<float>(), g.const_data_ptr<float>(),
+        scalings, dAs, dBs);
   });
 }
 

@@ -40,6 +40,11 @@ void backward(
     at::ArrayRef<double> scalings, const std::optional<Dropout>& dropout, at::Tensor& g, at::TensorList dAs,
     at::TensorList dBs);
 
+// dA_i and dB_i alone, from g [tokens, Σ r_i] in float32, without dropout.
+void weight_gradients(
+    at::TensorList dys, const at::Tensor& x, const at::Tensor& h, const at::Tensor& g, at::ArrayRef<double> scalings,
+    at::TensorList dAs, at::TensorList dBs);
+
 // dx += mask ⊙ (g A) / (1 - p), for A the stacked lora_As.
 void add_input_gradient(
     const at::Tensor& g, at::TensorList lora_As, const std::optional<Dropout>& dropout, at::Tensor& dx);

@@ -47,6 +47,8 @@ struct Kernels {
   // sums [columns / width][ranks][width] += cᵀ z for z as load leaves it.
   void (*columns)(
       const float* c, int64_t ldc, int64_t ranks, int64_t tokens, const float* z, int64_t columns, float* sums);
+  void (*columns_of_rows)(  // the same for z that no kernel has loaded, without a mask
+      const float* c, int64_t ldc, int64_t ranks, int64_t tokens, const T* z, int64_t ld, int64_t columns, float* sums);
   void (*add_masked)(const float* in, int64_t count, const Mask& mask, T* out);  // out += mask ⊙ in
   void (*narrow)(const float* in, int64_t count, T* out);
 };

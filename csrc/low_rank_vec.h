@@ -19,6 +19,7 @@ constexpr int64_t kWidth = 2 * kLanes;                  // columns of a panel of
 constexpr int kSums = ALETHEIA_REGISTERS == 32 ? 24 : 12;  // registers that hold sums; the rest hold operands
 constexpr int kMaxPanels = 4;                           // panels of B that a row kernel goes along
 constexpr int kMaxRanks = kSums / 2;                    // ranks of C that a column kernel holds, two registers each
+constexpr int64_t kAhead = 256;                         // bytes by which a row is asked for before it is read
 
 // GCC's vectors: an operator is an instruction. Unaligned and aliasing where they are memory.
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -214,9 +215,9 @@ void rows_product(Rows a, int64_t rows, Packed b, T* c, int64_t ldc) {
   }
 }
 
-// One panel's columns of kRanks rows of C.
-template <int kRanks>
-void column_kernel(const float* c, int64_t ldc, int64_t tokens, const float* z, float* sums) {
+// One panel's columns of kRanks rows of C, the panel's rows `row` elements apart.
+template <int kRanks, typename T>
+void column_kernel(const float* c, int64_t ldc, int64_t tokens, const T* z, int64_t row, float* sums) {
   Floats low[kRanks], high[kRanks];
 #pragma GCC unroll 12
   for (int r = 0; r < kRanks; ++r) {
@@ -224,7 +225,8 @@ void column_kernel(const float* c, int64_t ldc, int64_t tokens, const float* z, 
     high[r] = load_vector(sums + r * kWidth + kLanes);
   }
   for (int64_t t = 0; t < tokens; ++t) {
-    const Floats first = load_vector(z + t * kWidth), second = load_vector(z + t * kWidth + kLanes);
+    const Floats first = load_vector(z + t * row), second = load_vector(z + t * row + kLanes);
+    if (row > kWidth) __builtin_prefetch(z + t * row + kAhead / sizeof(T));
 #pragma GCC unroll 12
     for (int r = 0; r < kRanks; ++r) {
       const float value = c[t * ldc + r];
@@ -239,22 +241,39 @@ void column_kernel(const float* c, int64_t ldc, int64_t tokens, const float* z, 
   }
 }
 
-template <int kRanks>
+template <int kRanks, typename T>
 ALETHEIA_INLINE void column_kernel_of(
-    int64_t ranks, const float* c, int64_t ldc, int64_t tokens, const float* z, float* sums) {
-  if (ranks == kRanks) return column_kernel<kRanks>(c, ldc, tokens, z, sums);
-  if constexpr (kRanks > 1) column_kernel_of<kRanks - 1>(ranks, c, ldc, tokens, z, sums);
+    int64_t ranks, const float* c, int64_t ldc, int64_t tokens, const T* z, int64_t row, float* sums) {
+  if (ranks == kRanks) return column_kernel<kRanks>(c, ldc, tokens, z, row, sums);
+  if constexpr (kRanks > 1) column_kernel_of<kRanks - 1>(ranks, c, ldc, tokens, z, row, sums);
+}
+
+template <typename T>
+ALETHEIA_INLINE void column_kernels(
+    const float* c, int64_t ldc, int64_t ranks, int64_t tokens, const T* z, int64_t row, float* sums) {
+  const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;
+  for (int64_t pass = 0, rank = 0; pass < passes; ++pass) {
+    const int64_t count = (ranks - rank + passes - pass - 1) / (passes - pass);
+    column_kernel_of<kMaxRanks>(count, c + rank, ldc, tokens, z, row, sums + rank * kWidth);
+    rank += count;
+  }
 }
 
 void columns_product(
     const float* c, int64_t ldc, int64_t ranks, int64_t tokens, const float* z, int64_t columns, float* sums) {
-  const int64_t passes = (ranks + kMaxRanks - 1) / kMaxRanks;
   for (int64_t column = 0; column < columns; column += kWidth, z += kTokens * kWidth, sums += ranks * kWidth)
-    for (int64_t pass = 0, rank = 0; pass < passes; ++pass) {
-      const int64_t count = (ranks - rank + passes - pass - 1) / (passes - pass);
-      column_kernel_of<kMaxRanks>(count, c + rank, ldc, tokens, z, sums + rank * kWidth);
-      rank += count;
-    }
+    column_kernels(c, ldc, ranks, tokens, z, kWidth, sums);
+}
+
+template <typename T>
+void columns_of_rows(
+    const float* c, int64_t ldc, int64_t ranks, int64_t tokens, const T* z, int64_t ld, int64_t columns, float* sums) {
+  for (; columns >= kWidth; columns -= kWidth, z += kWidth, sums += ranks * kWidth)
+    column_kernels(c, ldc, ranks, tokens, z, ld, sums);
+  if (columns == 0) return;
+  float panel[kTokens * kWidth];
+  load(z, ld, tokens, columns, nullptr, panel);
+  column_kernels(c, ldc, ranks, tokens, panel, kWidth, sums);
 }
 
 template <typename T>
@@ -278,7 +297,8 @@ void narrow(const float* in, int64_t count, T* out) {
 
 template <typename T>
 constexpr Kernels<T> kernels() {
-  return {&load<T>, &rows_product<false, float>, &rows_product<true, T>, &columns_product, &add_masked<T>, &narrow<T>};
+  return {&load<T>, &rows_product<false, float>, &rows_product<true, T>, &columns_product, &columns_of_rows<T>,
+          &add_masked<T>, &narrow<T>};
 }
 
 }  // namespace
