@@ -146,12 +146,13 @@ struct Right {
     ld = owner.stride(along_inner ? 1 : 0);
   }
 
-  // Asks for part `part` of `parts` of the lines of a group of so many columns: each of its rows or columns lies on another
-  // page, and no processor fetches those unasked. Inlined, since GCC 12 drops calls of what does nothing but prefetch.
+  // Asks for part `part` of `parts` of the lines of a group of so many columns: each of its rows or columns lies on
+  // another page, and no processor fetches those unasked. Inlined, since GCC 12 drops calls of what only prefetches.
   __attribute__((always_inline)) void fetch(
       int64_t group, int64_t column, int64_t columns, int64_t part, int64_t parts) const {
     constexpr int64_t kLine = 64 / sizeof(bf16);
-    const int64_t first = group * kGroup, deep = std::min(kGroup, inner - first), wide = std::min(columns, outer - column);
+    const int64_t first = group * kGroup;
+    const int64_t deep = std::min(kGroup, inner - first), wide = std::min(columns, outer - column);
     const int64_t pieces = along_inner ? wide : deep, length = along_inner ? deep : wide;
     const bf16* const start = along_inner ? data + column * ld + first : data + first * ld + column;
     for (int64_t piece = part * pieces / parts; piece < (part + 1) * pieces / parts; ++piece) {

@@ -23,8 +23,8 @@ bool serves(at::ScalarType dtype, int64_t rows);
 class Left;
 std::shared_ptr<const Left> rounded(const at::Tensor& left);
 
-// One result: Σ_i lefts_i rights_i + bias, rights [inner_i, columns] in any strides, out [rows, columns] with unit columns
-// and in bfloat16 or float32.
+// One result: Σ_i lefts_i rights_i + bias, rights [inner_i, columns] in any strides, out [rows, columns] with unit
+// columns and in bfloat16 or float32.
 struct Sum {
   std::vector<std::shared_ptr<const Left>> lefts;
   std::vector<at::Tensor> rights;

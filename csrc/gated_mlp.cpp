@@ -1,7 +1,8 @@
 // Gated MLP with LoRA, forward and backward (mathematics: aletheia_kernels/reference/gated_mlp.py).
 //
 // In bfloat16 on a processor with AVX512-BF16 one sweep over blocks of rows (fused.h); elsewhere two LoRA groups with the
-// activation between them, in float32 where the processor has no products in the dtype. Either way gate and up are kept for backward, and their product is computed again.
+// activation between them, in float32 where the processor has no products in the dtype. Either way gate and up are kept
+// for backward, and their product is computed again.
 #include <ATen/ops/cat.h>
 
 #include "fused.h"

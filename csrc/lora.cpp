@@ -2,9 +2,9 @@
 //
 // In bfloat16 on AVX512-BF16 base and low-rank products are one (fused.h), as they are in fixed point without dropout:
 // what the adapters add to a result is further inner indices of its sum. Elsewhere the base products are products.h's,
-// in float32 where the processor has nothing for the dtype, and what surrounds them is low_rank.h's, or composed of ATen
-// products that accumulate into the fresh outputs. Either way siblings share one shrink product and dropout is made again
-// from its seed.
+// in float32 where the processor has nothing for the dtype, and what surrounds them is low_rank.h's, or composed of
+// ATen products that accumulate into the fresh outputs. Either way siblings share one shrink product and dropout is made
+// again from its seed.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
