@@ -144,10 +144,14 @@ def accuracy(arm: dict[str, Any]) -> float:
     return float(arm["training"]["eval_accuracy_after"])
 
 
+def start(arm: dict[str, Any]) -> float:
+    """Seconds of the arm's probe, plan and patching."""
+    return float(arm["plan_seconds"] + arm["training"]["setup_seconds"])
+
+
 def seconds(arm: dict[str, Any]) -> float:
     """Of the arm's whole training, probe, plan and patching with it."""
-    training = arm["training"]
-    return float(arm["plan_seconds"] + training["setup_seconds"] + training["history"][-1]["seconds"])
+    return start(arm) + float(arm["training"]["history"][-1]["seconds"])
 
 
 def names(verdict: Verdict) -> list[str]:
@@ -206,21 +210,33 @@ def evaluated_on_the_way(verdict: Verdict) -> bool:
 
 
 def picture(verdict: Verdict) -> str:
-    """Held-out loss over time of the first seed, as SVG: the race, and the runs at equal time."""
+    """Held-out loss over time of the first seed, as SVG: the race, and the runs at equal time.
+
+    The latter got as many steps as fit in PEFT's time at their pace in the race, and are drawn at that pace: nothing
+    ran beside them that would have slowed both arms alike, so that their own clock says nothing.
+    """
     seed, races = next(iter(verdict["races"].items()))
     base, *others = races["race"]["arms"]
     # Where there are more than can be told apart, those that end lowest.
     lowest = sorted(others, key=loss)[: figures.MOST_CURVES - 1 - len(races["equal_time"]["arms"])]
-    shown = {arm["name"] for arm in (base, *lowest)}
     curves = []
-    for arm, name in [
-        *((arm, arm["name"]) for arm in races["race"]["arms"] if arm["name"] in shown),
-        *((arm, f"{arm['name']}, for PEFT's time") for arm in races["equal_time"]["arms"]),
-    ]:
-        start = arm["plan_seconds"] + arm["training"]["setup_seconds"]
+    for arm in (base, *(arm for arm in others if arm in lowest)):
         evals = arm["training"]["evals"]
         curves.append(
-            figures.Curve(name, [start + one["seconds"] for one in evals], [one["loss"] for one in evals])
+            figures.Curve(
+                arm["name"], [start(arm) + one["seconds"] for one in evals], [one["loss"] for one in evals]
+            )
+        )
+    for arm in races["equal_time"]["arms"]:
+        raced = next(one for one in others if one["name"] == arm["name"])
+        pace = statistics.fmean(one["step_seconds"] for one in raced["training"]["history"])
+        evals = arm["training"]["evals"]
+        curves.append(
+            figures.Curve(
+                f"{arm['name']}, for PEFT's time",
+                [start(raced) + one["step"] * pace for one in evals],
+                [one["loss"] for one in evals],
+            )
         )
     return figures.standalone(
         figures.loss_curves(
@@ -239,8 +255,7 @@ def one_race(race: dict[str, Any]) -> list[str]:
     rows = []
     for arm in race["arms"]:
         training = arm["training"]
-        start = arm["plan_seconds"] + training["setup_seconds"]
-        reached = [start + one["seconds"] for one in training["evals"] if one["loss"] <= loss(base)]
+        reached = [start(arm) + one["seconds"] for one in training["evals"] if one["loss"] <= loss(base)]
         rows.append(
             (
                 arm["name"],
