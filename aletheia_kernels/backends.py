@@ -3,7 +3,7 @@
 ``ALETHEIA_BACKEND=reference|cpu|triton`` forces one for every call; where it cannot serve, the call raises
 :class:`BackendError` with the reason rather than fall back.
 ``ALETHEIA_CPU_ISA=default|avx2|avx512|avx512_vnni|avx512_bf16|amx_bf16`` forces the instruction set of the compiled CPU
-operators likewise.
+operators likewise; it is read once, when their extension is loaded.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 
 #include "operators.h"
@@ -80,17 +80,33 @@ bool has_vendor_products(at::ScalarType dtype) {
   return true;
 }
 
-InstructionSet instruction_set() {
-  const char* wish = std::getenv("ALETHEIA_CPU_ISA");
-  if (wish == nullptr || *wish == '\0') return offered_instruction_set();
+namespace {
+
+// Read once, as the library is loaded: in an operator's thread getenv would walk what setenv in another one moves.
+const std::string wish = [] {
+  const char* const text = std::getenv("ALETHEIA_CPU_ISA");
+  return std::string(text == nullptr ? "" : text);
+}();
+
+InstructionSet named(const std::string& name, const char* source) {
   for (const InstructionSet set : kSets)
-    if (std::strcmp(wish, name_of(set)) == 0) {
-      TORCH_CHECK(
-          set <= offered_instruction_set(), "ALETHEIA_CPU_ISA=", wish, ": this processor offers ", offered_names());
+    if (name == name_of(set)) {
+      TORCH_CHECK(set <= offered_instruction_set(), source, name, ": this processor offers ", offered_names());
       return set;
     }
-  TORCH_CHECK(
-      false, "ALETHEIA_CPU_ISA='", wish, "' names no instruction set: this processor offers ", offered_names());
+  TORCH_CHECK(false, source, "'", name, "' names no instruction set: this processor offers ", offered_names());
 }
+
+std::atomic<InstructionSet>& in_use() {
+  static std::atomic<InstructionSet> set{
+      wish.empty() ? offered_instruction_set() : named(wish, "ALETHEIA_CPU_ISA=")};
+  return set;
+}
+
+}  // namespace
+
+InstructionSet instruction_set() { return in_use().load(std::memory_order_relaxed); }
+
+void use_instruction_set(const std::string& name) { in_use() = named(name, ""); }
 
 }  // namespace aletheia

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.machinery
-import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ def refusal(operator: str, dtype: torch.dtype) -> str | None:
     return unavailable_reason()
 
 
+@cache
 def wrong_wish() -> str | None:
     """What is wrong with ``ALETHEIA_CPU_ISA``, which forces an instruction set; None when nothing is."""
-    if os.environ.get("ALETHEIA_CPU_ISA") and unavailable_reason() is None:
+    if unavailable_reason() is None:
         try:
             instruction_set()
         except RuntimeError as error:
@@ -63,11 +65,12 @@ def wrong_wish() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set that the LoRA and attention operators run on, read from the environment at every call.
+    """The instruction set that the LoRA and attention operators run on.
 
-    That is the widest that the processor offers, or the one that ``ALETHEIA_CPU_ISA`` names; an empty string stands for
-    the variable that is not set. Base products in float32 belong to the vendor library, which chooses its own; those in
-    bfloat16 are the operators' own on avx512_vnni, and above it but for few rows.
+    That is the widest that the processor offers, or the one that ``ALETHEIA_CPU_ISA`` named when the extension was
+    loaded (an empty string stands for the variable that is not set), or that of :func:`forced_instruction_set`. Base
+    products in float32 belong to the vendor library, which chooses its own; those in bfloat16 are the operators' own on
+    avx512_vnni, and above it but for few rows.
 
     Raises:
         RuntimeError: the variable names no instruction set, or one that this processor lacks.
@@ -75,8 +78,23 @@ def instruction_set() -> str:
     return torch.ops.aletheia_cpu.instruction_set()
 
 
+@contextmanager
+def forced_instruction_set(name: str) -> Iterator[None]:
+    """Runs the LoRA and attention operators on this instruction set within the block, in every thread of the process.
+
+    Raises:
+        RuntimeError: there is no such instruction set, or this processor lacks it; or the same of ``ALETHEIA_CPU_ISA``.
+    """
+    before = instruction_set()
+    torch.ops.aletheia_cpu.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        torch.ops.aletheia_cpu.use_instruction_set(before)
+
+
 def offered_instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that ``ALETHEIA_CPU_ISA`` may name here, from the baseline to the widest; none without the
+    """The instruction sets that may be forced here, from the baseline to the widest; none without the
     extension."""
     if unavailable_reason() is not None:
         return ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -25,11 +28,11 @@ CASES = [
 
 
 @pytest.fixture(params=CASES, ids=["-".join([*filter(None, case[:2]), str(case[2])[6:]]) for case in CASES])
-def dtype(request, monkeypatch) -> torch.dtype:
+def dtype(request, monkeypatch) -> Iterator[torch.dtype]:
     backend, instruction_set, dtype = request.param
     monkeypatch.setenv("ALETHEIA_BACKEND", backend)
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", instruction_set)
-    return dtype
+    with cpu.forced_instruction_set(instruction_set) if instruction_set else nullcontext():
+        yield dtype
 
 
 def operands(batch, heads, groups, length, dim, dtype, seed=0) -> list[Tensor]:
@@ -175,15 +178,15 @@ def test_nothing_beside_the_operands_is_read(dtype, length, dim, kind):
 @pytest.mark.parametrize("real", [1, 16, 17, 37, 64, 90])
 def test_keys_that_no_query_sees_may_hold_anything(monkeypatch, name, dtype, real):
     monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", name)
     *qkv, grad = operands(1, 4, 2, 100, 40, dtype)
     position = torch.arange(100, dtype=torch.int32)[None]
     last = torch.where(position < real, position + 1, position)  # causal, then padding: empty ranges
     first = torch.where(position < real, 0, position).int()
-    expected = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
-    for t in qkv[1:]:
-        t[:, :, real:] = torch.nan
-    given = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    with cpu.forced_instruction_set(name):
+        expected = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+        for t in qkv[1:]:
+            t[:, :, real:] = torch.nan
+        given = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
     for which, tensor in expected.items():
         assert torch.equal(given[which], tensor), which
 
@@ -227,11 +230,11 @@ def test_large_scores_do_not_overflow(dtype, two_times_rule):
 )
 def test_scores_beyond_every_exponent(monkeypatch, name, dtype):
     monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", name)
     *qkv, grad = operands(1, 2, 1, 60, 32, dtype)
     qkv[0], qkv[1] = qkv[0] * 3e9, qkv[1] * 3e9
     first, last = kinds("causal", 1, 60, 0)
-    ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
+    with cpu.forced_instruction_set(name):
+        ours = with_gradients(lambda *t: range_attention(*t, first, last), qkv, grad, dtype)
     exact = with_gradients(lambda *t: plain(*t, first, last), qkv, grad, torch.float64)
     for which in ("o", "dv"):
         torch.testing.assert_close(ours[which].double(), exact[which], rtol=2e-2, atol=1e-2)

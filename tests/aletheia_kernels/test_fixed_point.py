@@ -6,6 +6,8 @@ instruction set.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +22,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def in_fixed_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_fixed_point(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", "avx512_vnni")
+    with cpu.forced_instruction_set("avx512_vnni"):
+        yield
 
 
 def products(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,16 @@ That the LoRA group equals its definition on each is said in test_lora.py.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from aletheia_kernels import backends, cpu, lora_group
+from aletheia_kernels import cpu, lora_group
 from aletheia_kernels.dtypes import has_vendor_products
 from aletheia_kernels.reference import philox
 
@@ -17,10 +22,16 @@ OFFERED = cpu.offered_instruction_sets()
 
 
 @pytest.fixture(params=OFFERED)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("ALETHEIA_BACKEND", "cpu")
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", request.param)
-    return request.param
+    with cpu.forced_instruction_set(request.param):
+        yield request.param
+
+
+def in_a_process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """With the wishes of the environment that the tests run in taken out, and these in it."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("ALETHEIA_")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain | variables)
 
 
 def run(dtype: torch.dtype, tokens: int, features: int, dropout_p: float = 0.0) -> list[Tensor]:
@@ -42,12 +53,12 @@ def run(dtype: torch.dtype, tokens: int, features: int, dropout_p: float = 0.0) 
     return [y.detach() for y in ys] + list(grads)
 
 
-@pytest.mark.parametrize("unset", [None, ""])
-def test_the_widest_offered_is_in_use(monkeypatch, unset):
-    monkeypatch.delenv("ALETHEIA_CPU_ISA", raising=False)
-    if unset is not None:
-        monkeypatch.setenv("ALETHEIA_CPU_ISA", unset)
-    assert cpu.instruction_set() == OFFERED[-1]
+NAMED = "from aletheia_kernels import cpu; cpu.unavailable_reason(); print(cpu.instruction_set())"
+
+
+@pytest.mark.parametrize("variables", [{}, {"ALETHEIA_CPU_ISA": ""}])
+def test_the_widest_offered_is_in_use(variables):
+    assert in_a_process(NAMED, **variables).stdout.strip() == OFFERED[-1]
     assert cpu.INSTRUCTION_SETS[: len(OFFERED)] == OFFERED
 
 
@@ -109,28 +120,82 @@ def test_what_is_dropped_is_zero_whatever_it_would_have_been(instruction_set, dt
     assert (x.grad[~keep] == 0).all()
 
 
-def test_an_unknown_set_is_an_error_that_says_what_there_is(monkeypatch):
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", "avx1024")
-    expected = (
-        f"ALETHEIA_CPU_ISA='avx1024' names no instruction set: this processor offers {', '.join(OFFERED)}"
-    )
-    for use in (cpu.instruction_set, lambda: run(torch.float32, 4, 3), backends.explain):
-        with pytest.raises(RuntimeError) as raised:
-            use()
-        assert str(raised.value) == expected
-    with pytest.raises(backends.BackendError):
-        run(torch.float32, 4, 3)
-    monkeypatch.setenv("ALETHEIA_BACKEND", "reference")  # which has no instruction set to choose
-    run(torch.float32, 4, 3)
+UNKNOWN = """
+import os, torch
+from aletheia_kernels import backends, cpu, lora_group
+
+x, lora_A, lora_B, weight = torch.zeros(4, 3), torch.zeros(1, 3), torch.zeros(2, 1), torch.zeros(2, 3)
+run = lambda: lora_group(x, [weight], [None], [lora_A], [lora_B], [1.0])
+for use in (run, backends.explain, cpu.instruction_set):
+    try:
+        use()
+    except RuntimeError as error:
+        print(type(error).__name__, str(error).splitlines()[0])
+os.environ["ALETHEIA_BACKEND"] = "reference"  # which has no instruction set to choose
+run()
+"""
+
+
+def test_an_unknown_set_is_an_error_that_says_what_there_is():
+    what = f"'avx1024' names no instruction set: this processor offers {', '.join(OFFERED)}"
+    with pytest.raises(RuntimeError) as raised, cpu.forced_instruction_set("avx1024"):
+        pass
+    assert str(raised.value) == what
+    assert cpu.instruction_set() in OFFERED
+    done = in_a_process(UNKNOWN, ALETHEIA_CPU_ISA="avx1024")
+    assert done.returncode == 0, done.stderr
+    kinds, texts = zip(*(line.split(" ", 1) for line in done.stdout.splitlines()), strict=True)
+    assert kinds == ("BackendError", "BackendError", "RuntimeError")
+    assert set(texts) == {f"ALETHEIA_CPU_ISA={what}"}
 
 
 @pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
-def test_a_known_set_is_used_or_refused(monkeypatch, name):
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", name)
+def test_a_known_set_is_used_or_refused(name):
+    done = in_a_process(NAMED, ALETHEIA_CPU_ISA=name)
     if name in OFFERED:
-        assert cpu.instruction_set() == name
+        assert done.stdout.strip() == name
+        with cpu.forced_instruction_set(name):
+            assert cpu.instruction_set() == name
     else:
-        with pytest.raises(
-            RuntimeError, match=f"ALETHEIA_CPU_ISA={name}: this processor offers {OFFERED[0]}"
-        ):
-            cpu.instruction_set()
+        what = f"{name}: this processor offers {OFFERED[0]}"
+        assert f"ALETHEIA_CPU_ISA={what}" in done.stderr
+        with pytest.raises(RuntimeError, match=f"^{what}"), cpu.forced_instruction_set(name):
+            pass
+
+
+def test_the_set_before_comes_back():
+    before = cpu.instruction_set()
+    with pytest.raises(ZeroDivisionError), cpu.forced_instruction_set("default"):
+        raise ZeroDivisionError
+    assert cpu.instruction_set() == before
+
+
+# accelerate empties the environment for a moment whenever a training begins, in a thread or not.
+BESIDE_AN_ENVIRONMENT_THAT_CHANGES = """
+import os, sys, threading, time, torch
+from aletheia_kernels import cpu, lora_group
+
+cpu.unavailable_reason()
+sys.setswitchinterval(1e-5)
+end = time.monotonic() + 4
+
+def empty_and_fill():
+    while time.monotonic() < end:
+        whole = os.environ.copy()
+        os.environ.clear()
+        os.environ.update(whole)
+
+threading.Thread(target=empty_and_fill).start()
+x, lora_A, lora_B, weight = torch.zeros(4, 3), torch.zeros(1, 3), torch.zeros(2, 1), torch.zeros(2, 3)
+sets = set()
+while time.monotonic() < end:
+    lora_group(x, [weight], [None], [lora_A], [lora_B], [1.0])
+    sets.add(cpu.instruction_set())
+print(*sets)
+"""
+
+
+def test_the_environment_may_change_while_operators_run():
+    done = in_a_process(BESIDE_AN_ENVIRONMENT_THAT_CHANGES, ALETHEIA_CPU_ISA="default")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["default"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -19,10 +22,11 @@ CASES = ["reference", *(f"cpu-{name}" for name in cpu.offered_instruction_sets()
 
 
 @pytest.fixture(params=CASES)
-def every_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def every_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     name, _, instruction_set = request.param.partition("-")
     monkeypatch.setenv("ALETHEIA_BACKEND", name)
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", instruction_set)
+    with cpu.forced_instruction_set(instruction_set) if instruction_set else nullcontext():
+        yield
 
 
 projections = st.lists(

@@ -30,6 +30,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from aletheia_kernels import cpu
 from aletheia_tune import cli
 from aletheia_tune.cost import Batch, Calibration, Coefficients, ModelShape
 from aletheia_tune.plan import ModulePlan, Plan
@@ -525,15 +526,19 @@ def test_doctor_says_why_a_forced_backend_cannot_serve(run, monkeypatch):
     assert "abacus" in ran.out
 
 
-def test_doctor_names_the_instruction_set_in_use(run, monkeypatch):
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", "default")
-    ran = run("doctor")
+def test_doctor_names_the_instruction_set_in_use(run):
+    with cpu.forced_instruction_set("default"):
+        ran = run("doctor")
     assert ran.code == 0, ran
     assert re.search(r"instruction set in use\W+default", ran.out)
-    monkeypatch.setenv("ALETHEIA_CPU_ISA", "avx1024")
-    ran = run("doctor")
-    assert ran.code == 1
-    assert "'avx1024' names no instruction set" in ran.out
+    done = subprocess.run(
+        [sys.executable, "-m", "aletheia_tune", "doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ALETHEIA_CPU_ISA": "avx1024"},
+    )
+    assert done.returncode == 1
+    assert "'avx1024' names no instruction set" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
