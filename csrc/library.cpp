@@ -18,7 +18,7 @@ std::string instruction_set() { return aletheia::name_of(aletheia::instruction_s
 TORCH_LIBRARY(aletheia_cpu, m) {
   m.def("features() -> int", &features);
   m.def("instruction_set() -> str", &instruction_set);
-  m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { aletheia::use_instruction_set(name); });
+  m.def("use_instruction_set(str name) -> ()", &aletheia::use_instruction_set);
   m.def("tune_allocator() -> bool", &aletheia::tune_allocator);
   m.def(
       "lora_group_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs,"
