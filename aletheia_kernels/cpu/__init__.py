@@ -73,8 +73,12 @@ def instruction_set() -> str:
     avx512_vnni, and above it but for few rows.
 
     Raises:
-        RuntimeError: the variable names no instruction set, or one that this processor lacks.
+        RuntimeError: the extension cannot be used; the variable names no instruction set, or one that this processor
+            lacks.
     """
+    reason = unavailable_reason()
+    if reason:
+        raise RuntimeError(reason)
     return torch.ops.aletheia_cpu.instruction_set()
 
 
@@ -83,7 +87,8 @@ def forced_instruction_set(name: str) -> Iterator[None]:
     """Runs the LoRA and attention operators on this instruction set within the block, in every thread of the process.
 
     Raises:
-        RuntimeError: there is no such instruction set, or this processor lacks it; or the same of ``ALETHEIA_CPU_ISA``.
+        RuntimeError: there is no such instruction set, or this processor lacks it; or what :func:`instruction_set`
+            raises.
     """
     before = instruction_set()
     torch.ops.aletheia_cpu.use_instruction_set(name)

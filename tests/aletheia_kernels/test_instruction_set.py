@@ -53,7 +53,7 @@ def run(dtype: torch.dtype, tokens: int, features: int, dropout_p: float = 0.0) 
     return [y.detach() for y in ys] + list(grads)
 
 
-NAMED = "from aletheia_kernels import cpu; cpu.unavailable_reason(); print(cpu.instruction_set())"
+NAMED = "from aletheia_kernels import cpu; print(cpu.instruction_set())"
 
 
 @pytest.mark.parametrize("variables", [{}, {"ALETHEIA_CPU_ISA": ""}])
@@ -161,6 +161,17 @@ def test_a_known_set_is_used_or_refused(name):
         assert f"ALETHEIA_CPU_ISA={what}" in done.stderr
         with pytest.raises(RuntimeError, match=f"^{what}"), cpu.forced_instruction_set(name):
             pass
+
+
+def test_a_set_can_be_forced_before_anything_else_is_done():
+    code = "from aletheia_kernels import cpu\nwith cpu.forced_instruction_set('default'): print(cpu.instruction_set())"
+    assert in_a_process(code).stdout.strip() == "default"
+
+
+def test_without_the_extension_there_is_no_set_to_force(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "it was not built")
+    with pytest.raises(RuntimeError, match="it was not built"), cpu.forced_instruction_set("default"):
+        pass
 
 
 def test_the_set_before_comes_back():
